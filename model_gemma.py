@@ -63,6 +63,8 @@ def config_from_json(raw):
         n = raw["num_hidden_layers"]
         every = 2 if g2 else raw.get("sliding_window_pattern", 6)      # the last of each group of this size is global
         kinds = raw.get("layer_types") or ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(n)]
+        if len(kinds) != n:
+            raise UserError(f"config.json names the kinds of {len(kinds)} layers but has {n}")
         return GemmaConfig(
             d_model=raw["hidden_size"], n_layers=n, d_mlp=raw["intermediate_size"], n_heads=raw["num_attention_heads"],
             n_kv_heads=raw["num_key_value_heads"], head_dim=raw["head_dim"], vocab_size=raw["vocab_size"],
@@ -306,6 +308,17 @@ class Gemma(nn.Module):
         """-log p(target) in nats for n positions: h (n, D), targets (n,) -> (n,) fp32; never more than `chunk` rows of logits."""
         return _ChunkedNLL.apply(h, self.embed_tokens.weight, targets, self.config.final_cap, chunk)
 
+    def reply_nll(self, rows):
+        """-log p of the tokens that masks mark, for a batch of texts as (ids, mask) lists.
+
+        Returns nll (n,) fp32 in nats and row (n,), the text each belongs to; differentiable. Position t - 1 predicts token
+        t, so a reply's first token is scored at the prompt's last; logits are made for scored positions only.
+        """
+        ids, keep = (t.to(self.device) for t in data.pad([ids for ids, _ in rows]))
+        want = data.pad([mask for _, mask in rows])[0].to(self.device)[:, 1:].bool()               # (B, T-1)
+        h, _ = self.hidden(ids[:, :-1], keep[:, :-1])
+        return self.nll(h[want], ids[:, 1:][want]), want.nonzero()[:, 0]
+
     def forward(self, ids, keep=None):
         """ids (B, T) -> logits (B, T, V), fp32."""
         return self.logits(self.hidden(ids, keep)[0])
@@ -382,7 +395,10 @@ def _weight_files(spec):
     if "model.safetensors.index.json" not in names:
         return data.fetch(spec, ["model.safetensors"])[0], ["model.safetensors"]
     folder, _ = data.fetch(spec, ["model.safetensors.index.json"])
-    shards = sorted(set(data.read_json(folder / "model.safetensors.index.json")["weight_map"].values()))
+    where = data.read_json(folder / "model.safetensors.index.json").get("weight_map")
+    if not where:
+        raise UserError(f"{folder / 'model.safetensors.index.json'}: no weight_map in it; download it again")
+    shards = sorted(set(where.values()))
     return data.fetch(spec, shards)[0], shards
 
 
@@ -425,8 +441,9 @@ def _check_head(folder, have, model):
 
 def save_gemma(model, folder):
     """Write config.json and model.safetensors as the hub lays them out (the tokenizer is the caller's)."""
-    folder = Path(folder)
-    data.write_json(folder / "config.json", model.config.raw)
+    folder, dtype = Path(folder), str(model.dtype).removeprefix("torch.")
+    # both spellings of the dtype, for readers old and new: with the one it was loaded from, transformers would cast to that
+    data.write_json(folder / "config.json", {**model.config.raw, "dtype": dtype, "torch_dtype": dtype})
     tensors = {"model." + n: p.detach().contiguous() for n, p in model.named_parameters()}
     with data.replacing(folder / "model.safetensors") as beside:
         save_file(tensors, beside, metadata={"format": "pt"})

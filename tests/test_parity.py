@@ -3,15 +3,17 @@ where transformers is installed. Logits are compared, never generated text: nine
 every greedy token as it was. bf16 is compared bit by bit, because one misplaced cast moves logits no more than bf16 itself.
 """
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import data
 import make_golden
-import model_gemma
 from model_gemma import attend_mask, config_from_json, load_gemma, rope_table
 
 KINDS, SIDES = ("gemma2", "gemma3"), ("right", "left")
@@ -173,3 +175,24 @@ def test_logits_equal_transformers_live(kind, changes, dtype, tol, tmp_path):
         for side in SIDES:
             keep = make_golden.padded(lengths, side)
             assert first_difference(our_walk(ours, ids, keep), make_golden.their_walk(theirs, ids, keep), keep, tol) is None
+
+
+# --------------------------------------------------------------------------------------------- real weights, on request
+@pytest.mark.slow
+def test_real_270m_loss_on_english_equals_transformers(capsys):
+    """SAILS_REAL names a folder that holds gemma-3-270m/ as on the hub and text/ with English .txt files."""
+    real = Path(os.environ.get("SAILS_REAL", ""))
+    if not os.environ.get("SAILS_REAL"):
+        pytest.skip("set SAILS_REAL to a folder with gemma-3-270m/ and text/*.txt")
+    transformers = pytest.importorskip("transformers")
+    text = min((real / "text").glob("*.txt")).read_text(encoding="utf-8")
+    ids = torch.tensor([data.load_tokenizer(real / "gemma-3-270m").encode(text).ids[:600]])     # window 512 < 600
+    assert ids[0, 0] == data.BOS and len(ids[0]) == 600
+    ours = load_gemma(real / "gemma-3-270m")
+    with torch.no_grad():
+        nll = ours.nll(ours.hidden(ids)[0][0, :-1], ids[0, 1:]).mean().item()
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(real / "gemma-3-270m", dtype=torch.float32, attn_implementation="eager")
+        want = F.cross_entropy(theirs(ids).logits[0, :-1], ids[0, 1:]).item()
+    with capsys.disabled():
+        print(f"\nmean NLL of 599 tokens: ours {nll:.6f}, transformers {want:.6f}")
+    assert abs(nll - want) < 1e-3 and 2 < nll < 4      # about 12 would mean a missing embedding scale on both sides
