@@ -147,7 +147,7 @@ def collect_residuals(model, rows, layers, n_tokens, batch=16):
     n = min(n_tokens, sum(len(r) - 1 for r in rows))
     out = {i: torch.empty(n, model.config.d_model) for i in layers}
     at = 0
-    for start in data.progress(range(0, len(rows), batch), desc="residuals"):
+    for start in data.progress(range(0, len(rows), batch), desc="residuals", disable=None):
         ids, keep = (t.to(model.device) for t in data.pad(rows[start:start + batch]))
         keep_real = keep & (ids != data.BOS)
         taps = model.residuals(ids, layers, keep)
@@ -178,7 +178,7 @@ def train_sae(activations, width, active, steps=800, batch=1024, lr=1e-3, seed=0
         t.requires_grad_(True)
     opt = torch.optim.Adam(p.values(), lr=lr, betas=(0.9, 0.999))
     cut = 0.0
-    for step in data.progress(range(steps), desc="sae", disable=not show):
+    for step in data.progress(range(steps), desc="sae", disable=None if show else True):
         opt.param_groups[0]["lr"] = lr * min(1.0, (steps - step) / (0.2 * steps))
         x = (activations[torch.randint(n, (batch,), generator=rng)] - mean) / std               # (b, D)
         pre = ((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]).relu()                               # (b, N)
@@ -231,6 +231,27 @@ def promoted_tokens(model, tok, rows, n=8):
     gain = 1 + model.norm.weight.float()
     scores = (rows.float().to(model.device) * gain).to(model.dtype) @ model.embed_tokens.weight.T     # (k, V)
     return [[tok.decode([i]) or tok.id_to_token(i) for i in row] for row in scores.topk(n).indices.tolist()]
+
+
+@torch.no_grad()
+def firing_tokens(model, tok, saes, chosen, rows, batch=8, n=6):
+    """Where features fire: {layer: per chosen feature the n tokens with the largest shares of its activation}.
+
+    saes {layer: JumpReLUSAE}, chosen {layer: features (k,)}, rows texts as lists of ids. Single tokens, never contexts: a
+    table of them can be shown where the texts cannot.
+    """
+    mass = {i: torch.zeros(model.config.vocab_size, len(f)) for i, f in chosen.items()}
+    for at in range(0, len(rows), batch):
+        ids, keep = (t.to(model.device) for t in data.pad(rows[at:at + batch]))
+        keep &= ids != data.BOS
+        for i, h in model.residuals(ids, list(chosen), keep).items():
+            mass[i].index_add_(0, ids[keep].cpu(), saes[i].encode(h[keep])[:, chosen[i].to(h.device)].cpu())
+    out = {}
+    for i, m in mass.items():
+        share = m / m.sum(0).clamp(min=1e-30)
+        out[i] = [[(tok.decode([t]) or tok.id_to_token(t), float(share[t, j])) for t in share[:, j].topk(n).indices.tolist() if share[t, j] > 0]
+                  for j in range(m.shape[1])]
+    return out
 
 
 def main():
