@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi, constants, errors, get_token, snapshot_download
+from huggingface_hub import HfApi, constants, errors, snapshot_download
 from huggingface_hub.utils import tqdm as progress     # a tqdm that honours the hub's switch for progress bars
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -196,8 +196,7 @@ def _page(repo, kind):
 
 
 def _short(e):
-    text = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-    return text.replace(get_token() or "\0", "<token>")    # a malformed token stands in the client's own error text
+    return " ".join(f"{type(e).__name__}: {e}".split())[:200]
 
 
 @contextlib.contextmanager
@@ -234,12 +233,15 @@ def _hub_advice(e, repo, rev, kind):
         return f"a file of {repo} is gone from the hub while it is still listed ({_short(e)}); see {page}/tree/main"
     if status:
         return f"the hub answered {status} for {page}: {said or _short(e)}" + ("; try again later" if status >= 429 else "")
+    if isinstance(e, UnicodeEncodeError) or "header value" in str(e):      # whose text would show the token
+        return "your hub token holds characters that no token has: set HF_TOKEN anew, or log in again with `hf auth login`"
     if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(e):
         return f"disk full while downloading {repo} to {cache}; free some space, or set HF_HOME to a folder on a larger disk"
     if getattr(e, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"cannot write to the hub cache {cache} ({e.strerror}); set HF_HOME to a folder of your own"
+    xet = ", if need be with HF_HUB_DISABLE_XET=1 (its storage hosts may be blocked)" * bool(re.search("CAS|reconstruction", str(e)))
     return (f"downloading {repo} from {HfApi().endpoint} failed ({_short(e)}); check the network and run the same command "
-            "again: finished files are kept")
+            f"again{xet}: finished files are kept")
 
 
 # ------------------------------------------------------------------------------------- tokenizer and chat templates
