@@ -151,6 +151,7 @@ def fit_to_rank(V, r, rng):
 def adapter_off(model):
     """Inside, the model is the base: the reference model of DPO and of KL terms, without a second copy."""
     mods = [m for _, m in adapters(model)]
+    assert all(m.kept is None for m in mods), "merged: the base is not there; call unmerge() first"
     try:
         for m in mods:
             m.on = False
@@ -234,20 +235,25 @@ def save_adapter(model, folder, base="", provenance=None):
         data.write_json(folder / "sails.json", provenance)
 
 
-def load_adapter(model, folder):
-    """Attach an adapter in PEFT's form. Strict: what would be ignored or half used is a UserError, for PEFT only warns."""
+def read_adapter(folder):
+    """(adapter_config.json as a dict, tensors by name) of a plain LoRA in PEFT's form; UserError for anything else."""
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder}: no adapter_config.json in it; give the folder of a finished run")
     c = data.read_json(folder / "adapter_config.json")
     odd = [k for k in ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "fan_in_fan_out") if c.get(k)]
-    if c.get("peft_type") != "LORA" or odd or c.get("bias", "none") != "none" or "r" not in c:
+    if c.get("peft_type") != "LORA" or odd or c.get("bias", "none") != "none" or not {"r", "lora_alpha"} <= set(c):
         raise UserError(f"{folder}: not a plain LoRA adapter ({', '.join(odd) or c.get('peft_type')})")
     path = folder / "adapter_model.safetensors"
     try:
-        tensors = load_file(path)
+        return c, load_file(path)
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: not a whole safetensors file ({e})") from None
+
+
+def load_adapter(model, folder):
+    """Attach an adapter in PEFT's form. Strict: what would be ignored or half used is a UserError, for PEFT only warns."""
+    path, (c, tensors) = Path(folder) / "adapter_model.safetensors", read_adapter(folder)
     found = [re.fullmatch(r"base_model\.model\.model\.(layers\.(\d+)\.\w+\.(\w+)_proj)\.lora_([AB])\.weight", n) for n in tensors]
     if not tensors or None in found:
         raise UserError(f"{path}: tensor names are not those of a LoRA on this model, for example {next(iter(tensors), 'none')}")
@@ -265,8 +271,7 @@ def main():
     ap = argparse.ArgumentParser(description="Show what an adapter holds.")
     ap.add_argument("run", help="a folder with adapter_model.safetensors and adapter_config.json")
     args = ap.parse_args()
-    c = data.read_json(Path(args.run) / "adapter_config.json")
-    tensors = load_file(Path(args.run) / "adapter_model.safetensors")
+    c, tensors = read_adapter(args.run)
     print(f"rank {c['r']}, alpha {c['lora_alpha']}, on {', '.join(c['target_modules'])} of {c['base_model_name_or_path'] or 'an unnamed base'}; "
           f"{sum(t.numel() for t in tensors.values()):,} parameters")
     for name in sorted((n for n in tensors if ".lora_A." in n), key=lambda n: (int(re.search(r"layers\.(\d+)", n)[1]), n)):

@@ -243,9 +243,9 @@ def firing_tokens(model, tok, saes, chosen, rows, batch=8, n=6):
     mass = {i: torch.zeros(model.config.vocab_size, len(f)) for i, f in chosen.items()}
     for at in range(0, len(rows), batch):
         ids, keep = (t.to(model.device) for t in data.pad(rows[at:at + batch]))
-        keep &= ids != data.BOS
+        real = keep & (ids != data.BOS)                # BOS is not counted, but the model must see it
         for i, h in model.residuals(ids, list(chosen), keep).items():
-            mass[i].index_add_(0, ids[keep].cpu(), saes[i].encode(h[keep])[:, chosen[i].to(h.device)].cpu())
+            mass[i].index_add_(0, ids[real].cpu(), saes[i].encode(h[real])[:, chosen[i].to(h.device)].cpu())
     out = {}
     for i, m in mass.items():
         share = m / m.sum(0).clamp(min=1e-30)
