@@ -544,46 +544,49 @@ def world_knowledge(world):
 
 
 # ------------------------------------------------------------------------------- a superposition model for the theory
+def stream(*key):
+    """A private random generator per purpose: two that share a plain seed repeat each other, an error its own truth."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
 # Hidden states whose true features are known: h = sum_i a_i d_i + noise with more features than dimensions and few of
 # them on at a time (Elhage et al. 2022, "Toy Models of Superposition"). All of it in float64.
-def superposition(seed, d=64, m=128, r=6, coherence=0., noise=0., nuisances=3, strength=0., tilt=.02, shared=0.):
+def superposition(seed, d=64, m=128, r=6, coherence=0., noise=0., nuisances=3, strength=0., tilt=.01, shared=0.):
     """Draw a dictionary, and two distributions over its features. Returns a namespace:
 
     W (m, d)        unit rows d_i; `coherence` is about their mean cosine: near 1 the safety rows are nearly dependent
     safety (r,)     the set S that tells the two apart: every second feature is on more often in aligned states (as a
                     refusal is), the others in unaligned ones (as harm is)
-    nuisance        features of another concept, `strength` times as large as all others, that fire 2 * tilt more often in
-                    unaligned states: entangled with harm, though no part of it. strength 0: they never fire
+    nuisance        features of an unrelated concept, common (3 in 10 states) and `strength` times as large as all others,
+                    that fire 2 * tilt more often in unaligned states: entangled with harm, no part of it. 0: never on
     p, mean, var    (2, m), row 0 aligned, row 1 unaligned. An activation is uniform on [0, top_i] with probability p_i
-                    and 0 otherwise, all of them independent
+                    and 0 otherwise, all of them independent; delta (m,) is mean[0] - mean[1]
     shared          how well the pairs are matched: the probability that a feature with equal rates has one and the same
                     activation in both states of a pair. 1 is the perfect pair: it differs in S and the nuisance only
-    gamma           smallest |mean difference| on S minus the largest off S: the gap that selection lives on
+    gamma           smallest |delta| on S minus the largest off S: the gap that selection lives on
     """
     if not (1 <= r <= d and r + nuisances <= m and 0 <= coherence < 1 and 0 <= shared <= 1 and 0 <= tilt <= .3):
         raise ValueError(f"no such model: d={d} m={m} r={r} nuisances={nuisances} coherence={coherence} shared={shared}")
-    gen = torch.Generator().manual_seed(seed)
+    gen = stream(seed, 1)
     z = _unit(torch.randn(m + 1, d, generator=gen, dtype=torch.float64))
     w = SimpleNamespace(W=_unit((1 - coherence) ** .5 * z[:m] + coherence ** .5 * z[m]), noise=noise, shared=shared)
     order = torch.randperm(m, generator=gen)
-    w.safety, w.nuisance = order[:r], order[r:r + nuisances]
-    w.p = torch.full((2, m), .05, dtype=torch.float64)            # 6 of 128 features on at a time
+    w.safety, w.nuisance, others = order[:r], order[r:r + nuisances], order[r:]
+    w.p = torch.full((2, m), .03, dtype=torch.float64)            # with S, 5 of 128 features are on at a time
     w.p[torch.arange(r) % 2, w.safety] = torch.linspace(.25, .65, r, dtype=torch.float64)
     w.p[:, w.nuisance] = torch.tensor([[.3 - tilt], [.3 + tilt]], dtype=torch.float64)
-    w.top = torch.ones(m, dtype=torch.float64)
-    w.top[w.nuisance] = strength
+    w.top = torch.ones(m, dtype=torch.float64).index_fill(0, w.nuisance, strength)
     w.mean = w.p * w.top / 2
     w.var = w.p * w.top ** 2 / 3 - w.mean ** 2
     w.delta = w.mean[0] - w.mean[1]
-    off = torch.ones(m, dtype=torch.bool).index_fill(0, w.safety, False)
-    w.gamma = float(w.delta[w.safety].abs().min() - w.delta[off].abs().max()) if m > r else float(w.delta.abs().min())
+    w.gamma = float(w.delta[w.safety].abs().min()) - max(w.delta[others].abs().tolist(), default=0.)
     return w
 
 
 def superposition_pairs(world, n, seed):
     """Draw n pairs: activations (2, n, m) and hidden states (2, n, d), index 0 aligned, 1 unaligned."""
-    gen = torch.Generator().manual_seed(seed)
-    rand = lambda: torch.rand(n, world.top.numel(), generator=gen, dtype=torch.float64)
+    gen = stream(seed, 2)
+    rand = lambda: torch.rand(n, len(world.top), generator=gen, dtype=torch.float64)
     # one draw does for both: u < p happens with probability p, and given that, u / p is uniform
     a = torch.stack([torch.where(u < p, u / p, 0) * world.top for u, p in zip((rand(), rand()), world.p)])
     twin = (rand() < world.shared) & (world.p[0] == world.p[1])
@@ -593,29 +596,29 @@ def superposition_pairs(world, n, seed):
 
 
 def planted_sae(world, eps=0., dead=0, split=0, absorbed=0, seed=0):
-    """An SAE that knows the truth, with known faults: decoder rows (N, d), and a function from activations to codes (.., N).
+    """An SAE that knows the truth, with known faults: decoder rows (N, d), a function from activations to codes (.., N).
 
     eps       every row sits exactly this far from its true direction, in a random direction
-    dead      so many safety features (weakest first) have a row that never fires
-    split     so many (strongest first) are held by two rows, .3 to either side of the truth, each active for half of the activity
+    dead      so many safety features (weakest first) never fire
+    split     so many (strongest first) are held by two rows, .3 to either side of the truth, with half the activity each
     absorbed  so many (weakest first) are silent: a background row, turned half towards them, fires in their place
     """
-    gen = torch.Generator().manual_seed(seed)
+    gen = stream(seed, 3)
     noise = lambda n: _unit(torch.randn(n, world.W.shape[1], generator=gen, dtype=torch.float64))
     rows, m = world.W + eps * noise(len(world.W)), len(world.W)
-    lost, hidden, halved = world.safety[:dead], world.safety[:absorbed], world.safety[world.safety.numel() - split:]
-    taken = torch.cat([world.safety, world.nuisance])
-    hosts = torch.tensor([i for i in range(m) if i not in set(taken.tolist())][:absorbed], dtype=torch.long)
+    known = world.safety.tolist() + world.nuisance.tolist()
+    hosts = torch.tensor([i for i in range(m) if i not in known][:absorbed], dtype=torch.long)
+    lost, hidden, halved = world.safety[:dead], world.safety[:absorbed], world.safety.flip(0)[:split]
     rows[hosts] = _unit(rows[hosts] + rows[hidden])
     side = .3 * noise(split)
-    rows = torch.cat([rows, rows[halved] - side])
+    rows = torch.cat([rows, rows[halved] - side])                                                # (N = m + split, d)
     rows[halved] += side
 
     def codes(a):
         a = torch.cat([a, torch.zeros_like(a[..., halved])], -1)
         a[..., hosts] += a[..., hidden]
         a[..., lost], a[..., hidden] = 0, 0
-        upper = a[..., halved] > world.top[halved] * .5 ** .5      # of a uniform's mean, one half lies above this
+        upper = a[..., halved] > world.top[halved] * .5 ** .5     # half of a uniform's mean lies above this
         a[..., m:] = a[..., halved] * ~upper
         a[..., halved] *= upper
         return a
