@@ -793,10 +793,9 @@ class Slot:
                 out.append(self.loss(self.model.embed(ids[:size])).float().cpu())
                 ids = ids[size:]
             except torch.OutOfMemoryError:
-                if size == 1:
+                size = min(size, len(ids)) // 2
+                if size == 0:
                     raise UserError("one attack candidate does not fit into the memory; use a smaller model or bfloat16") from None
-                torch.cuda.empty_cache()
-                size = max(1, size // 2)
         return torch.cat(out)
 
 
