@@ -244,7 +244,8 @@ class Gemma(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config = c
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.d_model)       # also the output head: tied
+        # also the output head: tied. Given a table, for drawing one on the meta device imports torch's compiler: 2 seconds
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.d_model, _weight=torch.zeros(c.vocab_size, c.d_model))
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layers))
         self.norm = RMSNorm(c.d_model, c.eps)
         self.checkpointing = False                     # recompute blocks in the backward pass: less memory, a third more time
@@ -375,7 +376,7 @@ def load_gemma(spec, dtype=torch.float32, device="cpu"):
     shapes must match exactly: a missing, an extra or a misshapen tensor is a UserError, never a silent default.
     """
     config = load_config(spec)
-    folder, shards = _weight_files(spec)
+    folder, shards = weight_files(spec)
     with torch.device("meta"):
         model = Gemma(config)
     want = {"model." + name: p.shape for name, p in model.named_parameters()}
@@ -389,7 +390,7 @@ def load_gemma(spec, dtype=torch.float32, device="cpu"):
     return model
 
 
-def _weight_files(spec):
+def weight_files(spec):
     """(folder, names of the safetensors files): one file, or the shards that the index names."""
     names = data.listing(spec)
     if "model.safetensors.index.json" not in names:

@@ -71,13 +71,20 @@ def find_sae(names, layer, width="16k", l0=None):
     return choices[str(l0)], str(l0)
 
 
-def load_sae(spec, layer, width="16k", l0=None, device="cpu"):
-    """One JumpReLUSAE of a folder or hub repository laid out like Gemma Scope (1 or 2); only its own file is downloaded."""
+def fetch_sae(spec, layer, width="16k", l0=None):
+    """(folder, file name in it, commit sha or None) of one SAE in a folder or hub repository laid out like Gemma Scope (1 or
+    2); only that file is downloaded."""
     try:
         name, _ = find_sae(data.listing(spec), layer, width, l0)
     except UserError as e:
         raise UserError(f"{spec}: {e}") from None
     folder, revision = data.fetch(spec, [name])
+    return folder, name, revision
+
+
+def load_sae(spec, layer, width="16k", l0=None, device="cpu"):
+    """One JumpReLUSAE of such a folder or repository, checked."""
+    folder, name, revision = fetch_sae(spec, layer, width, l0)
     tensors = _check_tensors(folder / name, _read_tensors(folder / name))
     return JumpReLUSAE(**tensors, name=name, revision=revision).to(device)
 
@@ -230,7 +237,7 @@ def promoted_tokens(model, tok, rows, n=8):
     """The n tokens that each direction of rows (k, D) raises most through the final norm's gain and the tied head."""
     gain = 1 + model.norm.weight.float()
     scores = (rows.float().to(model.device) * gain).to(model.dtype) @ model.embed_tokens.weight.T     # (k, V)
-    return [[tok.decode([i]) or tok.id_to_token(i) for i in row] for row in scores.topk(n).indices.tolist()]
+    return [[tok.decode([i]) or tok.id_to_token(i) or f"<{i}>" for i in row] for row in scores.topk(n).indices.tolist()]
 
 
 @torch.no_grad()
@@ -249,7 +256,7 @@ def firing_tokens(model, tok, saes, chosen, rows, batch=8, n=6):
     out = {}
     for i, m in mass.items():
         share = m / m.sum(0).clamp(min=1e-30)
-        out[i] = [[(tok.decode([t]) or tok.id_to_token(t), float(share[t, j])) for t in share[:, j].topk(n).indices.tolist() if share[t, j] > 0]
+        out[i] = [[(tok.decode([t]) or tok.id_to_token(t) or f"<{t}>", float(share[t, j])) for t in share[:, j].topk(n).indices.tolist() if share[t, j] > 0]
                   for j in range(m.shape[1])]
     return out
 

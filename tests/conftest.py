@@ -18,10 +18,6 @@ RAW = dict(model_type="gemma2", vocab_size=286, hidden_size=24, intermediate_siz
            num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=12, sliding_window=8, bos_token_id=2, eos_token_id=1, pad_token_id=0)
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than five seconds; run by default, left out with -m 'not slow'")
-
-
 @pytest.fixture(autouse=True)
 def one_thread():
     threads = torch.get_num_threads()

@@ -25,18 +25,10 @@ KINDS = dict(gemma2=dict(RAW, model_type="gemma2", num_hidden_layers=4, attn_log
 PROMPTS = [[2, 7, 8, 9, 10, 11, 12], [2, 13], [2, 20, 21, 22]]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)                           # on tensors this small threads do little but wait for each other
-    yield
-    torch.set_num_threads(threads)
-
-
 def tiny(kind="gemma2", **changes):
     """A random model. Its final gains have random signs: with a tied head it would else repeat its last token for ever."""
-    torch.manual_seed(0)
     model = Gemma(config_from_json({**KINDS[kind], **changes}))
+    torch.manual_seed(0)                               # after the model is made, which may draw numbers of its own or not
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(std=.2 if "norm" in name else 1.)
