@@ -12,6 +12,7 @@ import copy
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -93,7 +94,7 @@ def parser():
     g("--freeze-basis", action="store_true", help="the factor that holds the basis does not train")
     g("--sides", choices=("both", "read", "write"), default="both", help="where the basis is used")
     g = ap.add_argument_group("the adapter and its training").add_argument
-    g("--r", type=int)
+    g("--r", "--rank", type=int, help="LoRA rank; after torchrun write --rank, for torchrun takes --r for an option of its own")
     g("--alpha", type=float, help="scale is alpha / r (default: 2 r)")
     g("--targets", type=lambda t: tuple(t.split(",")), default=("q", "k", "v", "o"), help="of q,k,v,o,gate,up,down")
     g("--objective", choices=("sft", "dpo", "rloo"), default="sft")
@@ -139,11 +140,15 @@ def settle(s, tiny=False):
             setattr(s, name, pair[tiny])
     s.alpha = 2.0 * s.r if s.alpha is None else s.alpha
     s.dtype = s.dtype or ("bfloat16" if s.device.startswith("cuda") else "float32")
-    for name in ("r", "k", "steps", "batch", "micro", "samples", "max_new", "contrast_pairs"):
+    for name in ("r", "k", "steps", "batch", "micro", "samples", "max_new", "contrast_pairs", "save_every"):
         if getattr(s, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)}: must be at least 1")
+    if s.device.startswith("cuda") and not torch.cuda.is_available() and not s.dry_run:
+        raise UserError(f"--device {s.device}: torch sees no GPU here")
     if not 0 < s.tau <= 1:
         raise UserError(f"--tau {s.tau}: must be above 0 and at most 1")
+    if s.objective == "rloo" and s.samples < 2:
+        raise UserError(f"--samples {s.samples}: the leave-one-out baseline of rloo needs at least 2 replies a prompt")
     if s.method == "full" and s.dtype != "float32":
         raise UserError("--method full trains the base weights themselves, and bfloat16 rounds such small steps away: add --dtype float32")
     return s
@@ -193,15 +198,14 @@ def rloo_loss(model, reference, rows, reward, s, whole, seed):
 def leave_one_out(reward):
     """reward (prompts, samples) -> each reward less the mean of the others in its row."""
     m = reward.shape[1]
-    if m < 2:
-        raise UserError("--samples 1: the leave-one-out baseline needs at least 2 replies a prompt")
+    assert m > 1, "the baseline needs at least two replies a prompt"
     return (reward - reward.mean(1, keepdim=True)) * m / (m - 1)
 
 
-def judge_reward(tok):
+def judge_reward(tok, stop):
     """The reward of rloo, from the evaluation's own judge: 1 for refusing a harmful or not refusing a benign prompt."""
     def reward(row, ids):
-        return float(evaluation.starts_with_refusal(tok.decode(ids, skip_special_tokens=False)) == (row["label"] == "harmful"))
+        return float(evaluation.starts_with_refusal(tok.decode([t for t in ids if t not in stop])) == (row["label"] == "harmful"))
     return reward
 
 
@@ -257,29 +261,28 @@ def align(model, rows, s, folder=None, reference=None, reward=None, neutral=None
     opt = torch.optim.AdamW([p for _, p in params], lr=s.lr, weight_decay=0.0)
     start = load_state(folder, params, opt) if folder and s.resume else 0
     log = Log(folder, start) if folder and lead() else None
-    bar = data.progress(total=s.steps, initial=start, desc="align", disable=log is None)
-    for step in range(start, s.steps):
-        if watch:
-            watch(step)
-        began = time.perf_counter()
-        opt.param_groups[0]["lr"] = lr_at(step, s)
-        batch = [rows[i] for i in data.batch_at(len(rows), s.batch, s.seed, step)]
-        told = backward(model, batch, s, step, reference, reward)
-        if s.replay > 0:
-            texts = [neutral[i] for i in data.batch_at(len(neutral), s.batch, s.seed + 1, step)]
-            (s.replay * replay_loss(model, reference, texts)).backward()
-        told["grad_norm"] = float(torch.nn.utils.clip_grad_norm_([p for _, p in params], s.clip))
-        if not np.isfinite(told["loss"]) or not np.isfinite(told["grad_norm"]):
-            raise UserError(f"step {step}: the loss or its gradient is not a number any more; lower --lr (now {s.lr}) and start again")
-        opt.step()
-        opt.zero_grad(set_to_none=True)
-        if log:
-            told["tokens_per_s"] = round(told["tokens"] / (time.perf_counter() - began))
-            log.write(dict(step=step, lr=lr_at(step, s), **told))
-            bar.set_postfix(loss=f"{told['loss']:.3f}", tokens_per_s=told["tokens_per_s"]), bar.update()
-            if (step + 1) % s.save_every == 0 or step + 1 == s.steps:
-                save_state(folder, params, opt, step + 1)
-    bar.close()
+    with data.progress(total=s.steps, initial=start, desc="align", disable=log is None) as bar:
+        for step in range(start, s.steps):
+            if watch:
+                watch(step)
+            began = time.perf_counter()
+            opt.param_groups[0]["lr"] = lr_at(step, s)
+            batch = [rows[i] for i in data.batch_at(len(rows), s.batch, s.seed, step)]
+            told = backward(model, batch, s, step, reference, reward)
+            if s.replay > 0:
+                texts = [neutral[i] for i in data.batch_at(len(neutral), s.batch, s.seed + 1, step)]
+                (s.replay * replay_loss(model, reference, texts)).backward()
+            told["grad_norm"] = float(torch.nn.utils.clip_grad_norm_([p for _, p in params], s.clip))
+            if not np.isfinite(told["loss"]) or not np.isfinite(told["grad_norm"]):
+                raise UserError(f"step {step}: the loss or its gradient is not a number any more; lower --lr (now {s.lr}) and start again")
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+            if log:
+                told["tokens_per_s"] = round(told["tokens"] / (time.perf_counter() - began))
+                log.write(dict(step=step, lr=lr_at(step, s), **told))
+                bar.set_postfix(refresh=False, loss=f"{told['loss']:.3f}", tokens_per_s=told["tokens_per_s"]), bar.update()
+                if (step + 1) % s.save_every == 0 or step + 1 == s.steps:
+                    save_state(folder, params, opt, step + 1)
     if watch:
         watch(s.steps)
 
@@ -378,29 +381,29 @@ def run(s):
     choose_sources(s, config)
     if s.dry_run:
         return dry_run(s, config)
-    folder = open_folder(s)
     say(*describe(s))
-    tok = data.load_tokenizer(s.model)
-    s.stop = data.stop_ids(tok, s.template)
-    rows, held, examples = load_rows(s, tok)
-    model = model_gemma.load_gemma(s.model, model_gemma.DTYPES[s.dtype], s.device)
-    model.checkpointing = s.checkpointing
-    if s.method == "full":
-        model.requires_grad_(True)
-    else:
-        probe = data.pad([rows[0]["chosen"][0]])[0].to(s.device)
-        before = model(probe)
-        bases = {} if s.method == "lora" else subspace(s, model, tok, examples, folder)
-        lora.attach(model, s.targets, s.r, s.alpha)
-        start_adapters(s, model, bases)
-        with torch.no_grad():
-            assert torch.equal(model(probe), before), "the adapted model must be the base before the first step"
-    count, total = sum(p.numel() for _, p in lora.trainable(model)), sum(p.numel() for p in model.parameters())
-    say(f"training {count:,} of {total:,} parameters ({100 * count / total:.2f} %), {s.objective}, {s.steps} steps of {s.batch}, lr {s.lr:g}")
-    reference = base_reference(model) if s.objective != "sft" or s.replay > 0 else None
-    align(model, rows, s, folder, reference, judge_reward(tok), [r["chosen"][0] for r in held])
-    if lead():
-        finish(s, model, tok, held, folder, {} if s.method in ("full", "lora") else bases)
+    with open_folder(s) as folder:
+        tok = data.load_tokenizer(s.model)
+        s.stop = data.stop_ids(tok, s.template)
+        rows, held, examples = load_rows(s, tok)
+        model = model_gemma.load_gemma(s.model, model_gemma.DTYPES[s.dtype], s.device)
+        model.checkpointing = s.checkpointing
+        if s.method == "full":
+            model.requires_grad_(True)
+        else:
+            probe = data.pad([rows[0]["chosen"][0]])[0].to(s.device)
+            before = model(probe)
+            bases = {} if s.method == "lora" else subspace(s, model, tok, examples, folder)
+            lora.attach(model, s.targets, s.r, s.alpha)
+            start_adapters(s, model, bases)
+            with torch.no_grad():
+                assert torch.equal(model(probe), before), "the adapted model must be the base before the first step"
+        count, total = sum(p.numel() for _, p in lora.trainable(model)), sum(p.numel() for p in model.parameters())
+        say(f"training {count:,} of {total:,} parameters ({100 * count / total:.2f} %), {s.objective}, {s.steps} steps of {s.batch}, lr {s.lr:g}")
+        reference = base_reference(model) if s.objective != "sft" or s.replay > 0 else None
+        align(model, rows, s, folder, reference, judge_reward(tok, s.stop), [r["chosen"][0] for r in held])
+        if lead():
+            finish(s, model, tok, held, folder, {} if s.method in ("full", "lora") else bases)
 
 
 def choose_sources(s, config):
@@ -415,9 +418,11 @@ def choose_sources(s, config):
     if s.layers is None:
         quarters = sorted({config.n_layers * q // 4 for q in (1, 2, 3)})
         s.layers = list(fam[4]) if fam and max(fam[4]) < config.n_layers else quarters
+    if any(not 0 <= i < config.n_layers for i in s.layers):
+        raise UserError(f"--layers {','.join(map(str, s.layers))}: the model has layers 0..{config.n_layers - 1}")
     s.width = s.width or (fam[3] if fam else "16k")
     if s.data is None:
-        if Path(s.model).exists():
+        if Path(s.model).exists() and not s.dry_run:
             raise UserError(f"give --data FILE (or --data {HH} for the hub's preference data)")
         s.data = HH
 
@@ -431,7 +436,7 @@ def describe(s):
     form = {"gemma": "Gemma's chat turns", "hh": "HH-RLHF's Human/Assistant form", "tiny": "the tiny world's words"}[s.template]
     yield f"{s.model}: {form}, {s.dtype} on {s.device}"
     if s.method not in ("lora", "full"):
-        base = " (the base model's SAEs: Gemma Scope reports that they transfer to -it)" if "-pt-" in s.sae and s.template == "gemma" else ""
+        base = " (the base model's SAEs on Gemma's chat turns: Gemma Scope reports that they transfer to -it)" if "-pt-" in s.sae and s.template == "gemma" else ""
         yield f"\nSAEs: {s.sae}, width {s.width if s.sae != 'fit' else s.fit_width}, layers {','.join(map(str, s.layers))}{base}"
     yield f"\ndata: {s.data}"
 
@@ -451,27 +456,43 @@ def dry_run(s, config):
         + (", and the same base again as the reference" if s.method == "full" and s.objective != "sft" else "") + "; activations come on top")
 
 
+@contextlib.contextmanager
 def open_folder(s):
-    """The run's folder with run.json in it. An existing run is gone on with only under --resume and the same settings."""
+    """Lend the run's folder with run.json in it. An existing run is gone on with only under --resume and the same settings;
+    a new one that is refused before its first checkpoint leaves no run.json, for that would ask the next try for --resume."""
     name = str(s.model).split("@")[0].rstrip("/").split("/")[-1]
     folder = Path(s.out or f"runs/{name}-{s.method}-{s.seed}")
     told = {k: v for k, v in vars(s).items() if k not in ("resume", "dry_run", "out", "jobs", "device")}
-    if (folder / "run.json").exists():
+    there = (folder / "run.json").exists()
+    if dist.is_initialized():
+        dist.barrier()                                 # all have looked before one writes
+    if there:
         if not s.resume:
             raise UserError(f"{folder} holds a run already: add --resume to go on with it, or choose another --out")
         old = data.read_json(folder / "run.json")["settings"]
         differ = [k for k, v in json.loads(json.dumps(told)).items() if old.get(k) != v]
         if differ:
             raise UserError(f"{folder} was started with another {', '.join(differ)}; a resumed run must keep its settings")
-    elif lead():
+    else:
         s.resume = False
-        data.write_json(folder / "run.json", dict(settings=told, git=_git_commit(), versions=_versions(), sources=_revisions(s)))
+        sources = fetch_sources(s)                     # by every process: a barrier would not wait for so many gigabytes
+        if lead():
+            data.write_json(folder / "run.json", dict(settings=told, git=_git_commit(), versions=_versions(), sources=sources))
     if dist.is_initialized():
         dist.barrier()
-    return folder
+    try:
+        yield folder
+    except UserError:
+        if lead() and not s.resume and not (folder / "state.safetensors").exists():
+            (folder / "run.json").unlink()
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        raise
 
 
 def _git_commit():
+    if shutil.which("git") is None:
+        return None
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     return done.stdout.strip() or None
 
@@ -481,11 +502,15 @@ def _versions():
     return dict(python=sys.version.split()[0], **{m.__name__: m.__version__ for m in (torch, np, safetensors, tokenizers, huggingface_hub)})
 
 
-def _revisions(s):
-    """Commit shas of what comes from the hub; None for local folders."""
-    out = dict(model=data.fetch(s.model, ["config.json"])[1])
-    if s.sae and s.sae != "fit" and s.method not in ("lora", "full"):
-        out["sae"] = [load_layer_sae(s, i).revision for i in s.layers[:1]][0]
+def fetch_sources(s):
+    """Download all that the run will read -> its commit shas, None for local paths. Done before run.json is written, so
+    that a wrong layer, a closed gate or a lost connection leaves no half-begun run for the next try to stumble over."""
+    data.fetch(s.model, ["tokenizer.json"])
+    model_gemma.weight_files(s.model)
+    data_files(s.data)
+    out = dict(model=data.revision(s.model), data=data.revision(s.data, "dataset"))
+    if s.sae != "fit" and s.method not in ("lora", "full"):
+        out["sae"] = [sae_module.fetch_sae(s.sae, i, s.width)[2] for i in s.layers][0]
     return out
 
 
@@ -522,7 +547,16 @@ def load_rows(s, tok):
         raise UserError("--objective dpo needs a rejected reply in every row")
     if s.objective == "rloo" and any(r["label"] is None for r in rows):
         raise UserError('--objective rloo needs "label": "harmful" or "benign" in every row, to know what to reward')
+    read_test(s)
     return rows, held, examples
+
+
+def read_test(s):
+    """The examples of --test, which need labels; read once before training too, for hours later is too late to refuse them."""
+    examples = data.read_pairs(s.test)[0] if s.test else []
+    if any(ex["label"] is None for ex in examples):
+        raise UserError(f'{s.test}: every row needs "label": "harmful" or "benign"')
+    return examples
 
 
 def load_layer_sae(s, layer):
@@ -544,13 +578,15 @@ def subspace(s, model, tok, examples, folder):
     pairs = [p for p in pairs if max(len(p[0][0]), len(p[1][0])) <= s.max_tokens][:s.contrast_pairs]
     say_fit(model, saes, pairs)
     stats = sails.contrast_means(model, saes, pairs, s.micro, s.seed)
+    if any(not 0 <= f < len(sae.W_dec) for f in s.drop for sae in saes.values()):
+        raise UserError(f"--drop {','.join(map(str, s.drop))}: the SAE has features 0..{min(len(sae.W_dec) for sae in saes.values()) - 1}")
     for st in stats.values():                          # a dropped feature is one that tells nothing apart
         st["mu_aligned"][s.drop] = st["mu_unaligned"][s.drop] = 0
     bases, chosen = sails.build_bases(s.method, stats, saes, s.k, s.tau, s.score, s.center, s.r, s.subspace == "global", s.standardise, s.seed)
     if lead():
         for i, V in bases.items():
             say(f"layer {i}: {len(chosen[i]) if i in chosen else 'no'} features -> {V.shape[1]} directions for rank {s.r}")
-        fires = sae_module.firing_tokens(model, tok, saes, chosen, [side[0] for p in pairs[:200] for side in p], s.micro)
+        fires = sae_module.firing_tokens(model, tok, saes, chosen, [side[0] for p in pairs[:200] for side in p], s.micro) if chosen else {}
         save_subspace(s, model, tok, folder, saes, stats, bases, chosen, fires)
     return bases
 
@@ -568,7 +604,7 @@ def say_fit(model, saes, pairs):
 
 def fit_saes(s, model, tok, examples, folder):
     """Train an SAE per layer on the model's own residuals over the dialogues (and --fit-text), and save them like Gemma Scope."""
-    if (folder / "sae").exists() and s.resume:
+    if s.resume and all(any((folder / "sae").glob(f"layer_{i}/*/*/params.npz")) for i in s.layers):
         s_fit = SimpleNamespace(**{**vars(s), "sae": folder / "sae", "width": str(s.fit_width)})
         return {i: load_layer_sae(s_fit, i) for i in s.layers}
     rows = [data.render_chat(tok, ex["turns"], ex[side], s.template)[0][:s.max_tokens] for ex in examples for side in ("chosen", "rejected")
@@ -618,10 +654,15 @@ def save_subspace(s, model, tok, folder, saes, stats, bases, chosen, fires):
     data.write_json(folder / "features.json", listed)
     data.write_text(folder / "features.md", "\n".join(lines) + "\n")
     for f in sorted(listed, key=lambda f: -abs(f["delta"]))[:8]:
-        say(f"  layer {f['layer']:2d} feature {f['feature']:5d}  difference {f['delta']:+8.3f}  t {f['t']:+6.1f}  promotes {' '.join(f['promotes'][:5])}"
-            f"  fires on {' '.join(w for w, _ in f['fires_on'][:5])}")
+        say(f"  layer {f['layer']:2d} feature {f['feature']:5d}  difference {f['delta']:+8.3f}  t {f['t']:+6.1f}  promotes {show(f['promotes'][:5])}"
+            f"  fires on {show(w for w, _ in f['fires_on'][:5])}")
     with data.replacing(folder / "subspace.safetensors") as beside:
         save_file(tensors, beside)
+
+
+def show(words):
+    """Tokens on one line: spaces and newlines inside them made visible, quotes left off."""
+    return " ".join(repr(w)[1:-1].replace(" ", "_") for w in words)
 
 
 def start_adapters(s, model, bases):
@@ -643,7 +684,8 @@ def finish(s, model, tok, held, folder, bases):
         lora.save_adapter(model, folder, s.model, dict(method=s.method, side_of_basis="A of q,k,v,gate,up; B of o,down", drift=moved,
                                                        frozen=s.freeze_basis, norm_aware=s.norm_aware, sae=s.sae, layers=s.layers, k=s.k, tau=s.tau))
         for side, m in moved.items():
-            say(f"{side}rs: overlap with the starting subspace {m['overlap']:.3f}, share of the update inside it {m['energy']:.3f}")
+            inside = "none was made" if m["energy"] is None else f"{m['energy']:.3f}"
+            say(f"{side.replace('write', 'writ')}ers: overlap with the starting subspace {m['overlap']:.3f}, share of the update inside it {inside}")
         with lora.adapter_off(model):
             base = held_out(model, held)
     after = held_out(model, held)
@@ -679,9 +721,7 @@ def held_out(model, rows, batch=8):
 
 def answer_test(s, model, tok, folder):
     """Greedy replies to --test, saved first, then judged by how they open."""
-    examples, _ = data.read_pairs(s.test)
-    if any(ex["label"] is None for ex in examples):
-        raise UserError(f'{s.test}: every row needs "label": "harmful" or "benign"')
+    examples = read_test(s)
     prompts, told = [data.render_chat(tok, ex["turns"], None, s.template)[0] for ex in examples], []
     for at in data.progress(range(0, len(prompts), 64), desc="replies", disable=None):
         new = model_gemma.generate(model, prompts[at:at + 64], s.max_new, s.stop)
@@ -701,8 +741,11 @@ TINY_MODEL = dict(model_type="gemma2", vocab_size=286, hidden_size=64, intermedi
                   num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16, sliding_window=4096)
 TINY_LAYER = 2                                         # the third of four: the SAE reads the residual stream after it
 # learning rates tried, as many for every method; full fine-tuning moves every weight, so its rates are ten times smaller
-GRID = dict(full=(1e-4, 3e-4, 1e-3, 3e-3))
-ADAPTER_GRID = (1e-3, 3e-3, 1e-2, 3e-2)
+GRID = dict(full=(1e-4, 3e-4, 1e-3))
+ADAPTER_GRID = (1e-3, 3e-3, 1e-2)
+
+
+PARTS = ("train", "validate", "id_test", "ood", "lookalike")
 
 
 def pretrain_tiny(world, seed, steps=400, batch=64, lr=4e-3):
@@ -728,8 +771,8 @@ def pretrain_tiny(world, seed, steps=400, batch=64, lr=4e-3):
     return model.requires_grad_(False)
 
 
-def make_world(folder, seed, s):
-    """A tiny world on disk, as if it came from the hub: model, tokenizer, SAE and preference files. Made once, then reused."""
+def make_world(folder, seed, s, layers=(TINY_LAYER,)):
+    """A tiny world on disk, as if it came from the hub: model, tokenizer, SAEs and preference files. Made once, then reused."""
     folder = Path(folder)
     if (folder / "done.json").exists():
         return folder
@@ -738,16 +781,18 @@ def make_world(folder, seed, s):
     model = pretrain_tiny(world, seed)
     texts, weights = data.world_text(world)
     rows = [world.tok.encode(texts[i]).ids for i in np.random.default_rng(seed).choice(len(texts), s.fit_tokens // 8, p=weights)]
-    acts = sae_module.collect_residuals(model, rows, [TINY_LAYER], s.fit_tokens, 64)[TINY_LAYER]
-    sae = sae_module.train_sae(acts, s.fit_width, s.fit_active, s.fit_steps, 512, 2e-3, seed)
-    report = sae_module.sae_report(sae, acts)
+    acts, reports = sae_module.collect_residuals(model, rows, layers, s.fit_tokens, 64), {}
+    for i in layers:
+        sae = sae_module.train_sae(acts[i], s.fit_width, s.fit_active, s.fit_steps, 512, 2e-3, seed)
+        reports[i] = sae_module.sae_report(sae, acts[i])
+        sae_module.save_sae(sae, folder / "sae", i, reports[i]["l0"])
     model_gemma.save_gemma(model, folder)
     world.tok.save(str(folder / "tokenizer.json"))
-    sae_module.save_sae(sae, folder / "sae", TINY_LAYER, report["l0"])
-    for name, examples in data.world_split(world, 0).items():
+    split = data.world_split(world, 0)
+    for name, examples in ((part, split[part]) for part in PARTS):
         data.write_text(folder / f"{name}.jsonl", "".join(json.dumps(dict(prompt=ex["turns"], **{k: ex[k] for k in ("id", "label", "chosen", "rejected")})) + "\n"
                                                           for ex in examples))
-    data.write_json(folder / "done.json", dict(seed=seed, sae=report))
+    data.write_json(folder / "done.json", dict(seed=seed, sae=reports[TINY_LAYER]))
     return folder
 
 
@@ -756,7 +801,8 @@ def open_world(folder):
     """(world, model, {layer: SAE}, harm direction (D,)) of a folder that make_world wrote."""
     world = data.tiny_world(data.read_json(Path(folder) / "done.json")["seed"])
     model = model_gemma.load_gemma(folder)
-    saes = {TINY_LAYER: sae_module.load_sae(folder / "sae", TINY_LAYER, str(DEFAULTS["fit_width"][1]))}
+    layers = sorted(int(p.name.removeprefix("layer_")) for p in (Path(folder) / "sae").glob("layer_*"))
+    saes = {i: sae_module.load_sae(Path(folder) / "sae", i, str(DEFAULTS["fit_width"][1])) for i in layers}
     return world, model, saes, harm_direction(world, model)
 
 
@@ -801,7 +847,8 @@ def describe_world(folder):
 
 
 CELL = dict(base=0, seed=0, method="sails", lr=3e-3, steps=80, objective="sft", freeze_basis=False, k=4, tau=1.0, r=4, sides="both",
-            targets="q,k,v,o", contrast="prompts", score="absolute", nuisance=0.75, replay=0.0, drop="", norm_aware=False)
+            targets="q,k,v,o", layers=str(TINY_LAYER), contrast="prompts", score="absolute", nuisance=0.75, replay=0.0, drop="",
+            norm_aware=False)
 
 
 def run_cell(cell, worlds):
@@ -813,7 +860,8 @@ def run_cell(cell, worlds):
     vars(s).update({k: v for k, v in cell.items() if k != "base"}, targets=tuple(cell["targets"].split(",")), alpha=2.0 * cell["r"], resume=False, max_new=8,
                    stop={data.EOS}, template="tiny")
     split = data.world_split(world, cell["seed"], cell["nuisance"])
-    rows = {part: encode(world.tok, examples, "tiny")[0] for part, examples in split.items()}
+    rows = {part: encode(world.tok, split[part], "tiny")[0] for part in ("train", "validate")}
+    neutral = sum(data.world_knowledge(world, split["topics"]["seen"]).values(), [])           # scored: the unseen topics'
     out, bases = dict(cell), {}
     if cell["method"] == "full":
         model = copy.deepcopy(base).requires_grad_(True)
@@ -821,6 +869,7 @@ def run_cell(cell, worlds):
         model = base
         if cell["method"] != "lora":
             pairs = sails.contrast_rows(world.tok, split["train"], "tiny", s.contrast, s.last)
+            saes = {int(i): saes[int(i)] for i in cell["layers"].split(",")}
             stats = sails.contrast_means(model, saes, pairs, 64, s.seed)
             for f in style_features(world, model, saes) if s.drop == "style" else []:
                 stats[TINY_LAYER]["mu_aligned"][f] = stats[TINY_LAYER]["mu_unaligned"][f] = 0
@@ -829,20 +878,18 @@ def run_cell(cell, worlds):
         lora.attach(model, s.targets, s.r, s.alpha)
         start_adapters(s, model, bases)
         if bases:
-            fitted = next(m.start for _, m in lora.adapters(model) if m.start is not None)
-            out["harm_energy"] = float((fitted.T @ harm).square().sum())
+            start = next(m.start for _, m in lora.adapters(model) if m.start is not None and m.layer == TINY_LAYER)
+            out["harm_energy"] = float((start.T @ harm).square().sum())
     out["trained"] = sum(p.numel() for _, p in lora.trainable(model))
     path = {}
     quick = [r for r in split["ood"] if r["label"] == "harmful"][::4]
     watch = lambda step: path.update({step: share_right(model, world.tok, quick, data.REFUSAL)}) if step % 10 == 0 else None
-    texts, weights = data.world_text(world)
-    neutral = [world.tok.encode(texts[i]).ids for i in np.random.default_rng(0).choice(len(texts), 512, p=weights)]
     try:
         reference = (lambda: contextlib.nullcontext(base)) if cell["method"] == "full" else base_reference(model)
-        align(model, rows["train"], s, None, reference, judge_reward(world.tok), neutral, watch)
+        align(model, rows["train"], s, None, reference, judge_reward(world.tok, s.stop), [ids for ids, _ in neutral], watch)
         out["train_seconds"] = time.perf_counter() - began
         out.update(measure_tiny(model, world, split), path=path)
-        out["validation_loss"] = validation_loss(model, reference, rows["validate"], s, out["validate"])
+        out["validation_loss"] = validation_loss(model, reference, rows["validate"], neutral, s, out["validate"])
     finally:
         lora.detach(model)
     out["seconds"] = time.perf_counter() - began
@@ -877,30 +924,33 @@ def measure_tiny(model, world, split):
         benign = [ex for ex in split[part] if ex["label"] == "benign"]
         safe, over = share_right(model, world.tok, harmful, data.REFUSAL), share_right(model, world.tok, benign, data.REFUSAL)
         out[part] = dict(safe=safe, over=over, help=share_right(model, world.tok, benign, "helpful"), balance=(safe + 1 - over) / 2)
-    for name, texts in data.world_knowledge(world).items():
+    for name, texts in data.world_knowledge(world, split["topics"]["unseen"]).items():
         out[name] = float(np.mean(evaluation.greedy_matches(model, texts)))
     return out
 
 
 @torch.no_grad()
-def validation_loss(model, reference, rows, s, behaviour):
-    """What a tuner may look at: the objective itself on validation pairs (for rloo: the judged mistakes)."""
-    if s.objective == "rloo":
-        return 1 - behaviour["balance"]
-    chosen, rejected = (reply_logp(model, [r[side] for r in rows]) for side in ("chosen", "rejected"))
-    if s.objective == "sft":
-        return float(-chosen.sum() / sum(sum(r["chosen"][1]) for r in rows))
+def validation_loss(model, reference, rows, neutral, s, behaviour):
+    """What a tuner may look at, in nats: the objective on validation pairs plus the rise of the loss on neutral text.
+
+    The objective alone picks a rate so high that the model forgets how to help: it is at its floor long before. Both parts
+    are of the trained topics; all that is scored is of others. For rloo the objective is the judged mistakes.
+    """
     with reference() as ref:
-        then = reply_logp(ref, [r["chosen"] for r in rows]) - reply_logp(ref, [r["rejected"] for r in rows])
-    return float(-torch.nn.functional.logsigmoid(s.beta * (chosen - rejected - then)).mean())
+        before, _ = ref.reply_nll(neutral)
+        then = [reply_logp(ref, [r[side] for r in rows]) for side in ("chosen", "rejected")]
+    now = [reply_logp(model, [r[side] for r in rows]) for side in ("chosen", "rejected")]
+    forgotten = float((model.reply_nll(neutral)[0] - before).mean())
+    if s.objective == "sft":
+        return float(-now[0].sum() / sum(sum(r["chosen"][1]) for r in rows)) + forgotten
+    if s.objective == "dpo":
+        return float(-torch.nn.functional.logsigmoid(s.beta * (now[0] - then[0] - now[1] + then[1])).mean()) + forgotten
+    return 1 - behaviour["balance"] + forgotten
 
 
 def run_cells(cells, worlds, path, jobs):
     """Run the cells that are not in the file yet, in `jobs` processes; a finished cell is one line. Returns all asked for."""
-    done = {}
-    if Path(path).exists():
-        for _, row in data.read_jsonl(path):
-            done[cell_key(row)] = row
+    done = {cell_key(row): row for row in evaluation.resume_lines(Path(path))}
     todo = [c for c in cells if cell_key(c) not in done]
     with open(path, "a") as f, ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         results = pool.map(run_cell, todo, [str(worlds)] * len(todo)) if jobs > 1 else map(run_cell, todo, [str(worlds)] * len(todo))
@@ -1029,7 +1079,7 @@ def compare(s):
 def varied(s):
     """The cell settings that the command line changed."""
     t = settle(copy.copy(s), tiny=True)
-    now = {k: getattr(t, k) for k in CELL if k not in ("base", "seed", "method", "lr", "drop", "targets")}
+    now = {k: getattr(t, k) for k in CELL if k not in ("base", "seed", "method", "lr", "drop", "targets", "layers")}
     return dict(now, targets=",".join(t.targets))
 
 
