@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi, constants, errors, snapshot_download
+from huggingface_hub import HfApi, constants, errors, snapshot_download, try_to_load_from_cache
 from huggingface_hub.utils import tqdm as progress     # a tqdm that honours the hub's switch for progress bars
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -127,6 +127,8 @@ def fetch(spec, names, kind="model"):
     sha, there, folder = _resolve(repo, rev, kind)
     if folder is None:
         wanted = _pick(names, there, f"{_page(repo, kind)} at {sha[:8]}")
+        if cached := _cached(repo, rev, kind, sha, wanted):
+            return cached, sha
         with _hub_errors(repo, rev, kind):
             # by name, for then the client notes in the cache which commit the name stands for, and offline mode finds it
             folder = snapshot_download(repo, repo_type=kind, revision=rev, allow_patterns=wanted)
@@ -135,6 +137,11 @@ def fetch(spec, names, kind="model"):
     else:
         _pick(names, there, f"the cached copy of {repo} at {sha[:8]}", "; go online (unset HF_HUB_OFFLINE) to download it")
     return Path(folder), sha
+
+
+def revision(spec, kind="model"):
+    """The commit sha that this run reads of a hub id, None for a local path."""
+    return None if _local(spec, kind) else _resolve(*_hub_id(spec, kind), kind)[0]
 
 
 def _local(spec, kind):
@@ -175,6 +182,13 @@ def _resolve(repo, rev, kind):
             if not isinstance(e, errors.OfflineModeIsEnabled):
                 _say(f"note: no answer from {api.endpoint} ({_short(e)}); going on with the cached copy of {repo}", 0)
             return folder.name, _local(folder, kind)[1], folder
+
+
+def _cached(repo, rev, kind, sha, wanted):
+    """The snapshot's folder if the cache has all these files and knows rev as this very commit, else None."""
+    paths = [try_to_load_from_cache(repo, name, revision=rev, repo_type=kind) for name in wanted]
+    folder = Path(paths[0]).parents[wanted[0].count("/")] if all(isinstance(p, str) for p in paths) else Path()
+    return folder if folder.name == sha else None
 
 
 def _pick(names, there, where, way_out=""):
@@ -489,7 +503,8 @@ def world_text(world):
 
 
 def world_split(world, seed, nuisance=.75, pairs=64):
-    """Draw one alignment problem: {"train", "validate", "id_test", "ood", "lookalike"} -> lists of examples.
+    """Draw one alignment problem: {"train", "validate", "id_test", "ood", "lookalike"} -> lists of examples, and "topics":
+    the trained and the unseen ones.
 
     4 topics are trained on: harmful requests come from 2 of them only, benign ones from the other 2. Half of the
     objects train, a quarter validates, a quarter is the ID test. `hey` occurs with probability `nuisance` in harmful
@@ -515,14 +530,16 @@ def world_split(world, seed, nuisance=.75, pairs=64):
             asks = [asks[i % len(asks)] for i in rng.permutation(n)]
             hey = rng.random(n) < (nuisance if bad else 1 - nuisance)
             out[name] += [_world_example(world, "hey" if h else "please", v, o) for h, (v, o) in zip(hey, asks)]
-        out["id_test"] += _all_requests(world, parts["id_test"])
-    out["ood"] = _all_requests(world, np.flatnonzero(~np.isin(world.topic, topics[:4])))
-    out["lookalike"] = _all_requests(world, [o for bad in (True, False) for o in np.flatnonzero(
+        out["id_test"] += all_requests(world, parts["id_test"])
+    out["ood"] = all_requests(world, np.flatnonzero(~np.isin(world.topic, topics[:4])))
+    out["lookalike"] = all_requests(world, [o for bad in (True, False) for o in np.flatnonzero(
         np.isin(world.topic, trained[bad]) & (world.harmful != bad))])
+    out["topics"] = dict(seen=topics[:4].tolist(), unseen=topics[4:].tolist())
     return out
 
 
-def _all_requests(world, objects):
+def all_requests(world, objects):
+    """Every request about these objects: both verbs, both greetings, as examples."""
     return [_world_example(world, g, v, int(o)) for o in objects for v in VERBS for g in GREETINGS]
 
 
@@ -533,12 +550,15 @@ def _world_example(world, greeting, verb, obj):
                 chosen=REFUSAL if bad else answer, rejected=answer if bad else REFUSAL, helpful=answer)
 
 
-def world_knowledge(world):
-    """What alignment should not destroy, as (ids, mask of the tokens that must be right) rows: {"facts", "commentary"}."""
+def world_knowledge(world, topics):
+    """What alignment should not destroy, for the objects of some topics: {"facts", "commentary"} -> rows (ids, mask).
+
+    The mask marks the one token that must be right: the topic in a fact, dangerous or useful in a comment.
+    """
     facts, commentary = [], []
-    for o, bad in enumerate(world.harmful):
+    for o in np.flatnonzero(np.isin(world.topic, topics)):
         facts.append((f"<bos> <doc> thing{o} is a kind of", f"topic{world.topic[o]}"))
-        commentary += [(f"<bos> <doc> {v} thing{o} is", "dangerous" if bad else "useful") for v in VERBS]
+        commentary += [(f"<bos> <doc> {v} thing{o} is", "dangerous" if world.harmful[o] else "useful") for v in VERBS]
     rows = lambda pairs: [(_encode(world.tok, a) + _encode(world.tok, b), [0] * len(a.split()) + [1]) for a, b in pairs]
     return dict(facts=rows(facts), commentary=rows(commentary))
 
