@@ -109,7 +109,8 @@ def init_sails(model, bases, seed=0, freeze=False, norm_aware=False, sides=("rea
     bases       {SAE layer: V (D, r_s), orthonormal, best direction first}; a layer takes the nearest one, the lower of a tie
     freeze      the factor that holds V does not train: the update stays in the subspace for good
     norm_aware  readers get v / (1 + w_in) and writers v / (1 + w_post), so that after (before) the block's norm exactly the
-                residual direction v is read (written), up to one scalar for the matrix; see NORMS
+                residual direction v is read (written), up to one scalar for the matrix and but for dimensions that the norm
+                all but shuts out; see NORMS
     sides       where V is used; adapters on the other side start as plain LoRA
     Returns {layer: {"basis": SAE layer, "kept": columns of V in use, "filled": random ones}}.
     """
@@ -123,7 +124,11 @@ def init_sails(model, bases, seed=0, freeze=False, norm_aware=False, sides=("rea
         if m.side not in sides:
             continue
         if norm_aware:
-            V = V / (1 + getattr(model.layers[m.layer], NORMS[m.place]).weight.float())[:, None]
+            gain = 1 + getattr(model.layers[m.layer], NORMS[m.place]).weight.float()            # (D,)
+            # what the norm shuts out can be neither read nor written: real Gemmas have gains of exactly 0, and a few more
+            # (1 to 3 % of Gemma 3 270M's) so small that 1 / gain would leave nothing but them in V
+            open_to = gain.abs() > 0.05 * gain.abs().median()
+            V = torch.where(open_to[:, None], V / gain[:, None], 0.0)
             V = V * (m.r ** 0.5 / V.norm())            # same total size as the raw basis, so that step sizes stay comparable
         m.start = V.clone()
         if m.side == "read":

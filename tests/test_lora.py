@@ -151,6 +151,21 @@ def test_norm_aware_writers_write_exactly_the_residual_direction(model):
             assert (float(torch.cosine_similarity(written, v[:, 0], 0)) > 1 - 1e-6) == aware
 
 
+def test_norm_aware_leaves_out_dimensions_that_the_norm_shuts_and_is_exact_in_the_others(model):
+    v, shut = draw(r=1), [3, 11]
+    with torch.no_grad():
+        for block in model.layers:
+            for name in set(lora.NORMS.values()):
+                getattr(block, name).weight[shut] = torch.tensor([-1., -1 + 1e-3])             # gains 0 and .001, as real Gemmas have
+    lora.attach(model, ALL, 1, 1)
+    lora.init_sails(model, {0: v}, norm_aware=True)
+    for _, m in lora.adapters(model):
+        held, gain = (m.B if m.side == "write" else m.A.T)[:, 0].detach(), 1 + getattr(model.layers[m.layer], lora.NORMS[m.place]).weight
+        want = v[:, 0].clone()
+        want[shut] = 0
+        assert torch.isfinite(held).all() and float(torch.cosine_similarity(held * gain, want, 0)) > 1 - 1e-6
+
+
 # -------------------------------------------------------------------------------------------------------- in training
 @pytest.mark.parametrize("start", ("lora", "sails"))
 def test_half_of_the_factors_have_no_gradient_at_first_and_all_have_one_from_then_on(model, start):
