@@ -38,11 +38,11 @@ def command(home, out, **changes):
     return [x for k, v in s.items() if v is not None for x in (["--" + k.replace("_", "-")] + [str(v)] * (v is not True))]
 
 
-def here(monkeypatch, args):
-    """Run the command in this process; returns its exit code."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *args])
+def here(monkeypatch, args, main=None):
+    """Run the command (or another script's main) in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["a script", *args])
     with pytest.raises(SystemExit) as e:
-        data.run_main(train.main)
+        data.run_main(main or train.main)
     return e.value.code or 0
 
 
@@ -122,6 +122,28 @@ def test_the_saved_adapter_is_what_was_trained_from_the_saved_subspace(run, home
         side: pytest.approx(d, abs=1e-4) for side, d in data.read_json(run[0] / "sails.json")["drift"].items()}
     for i in (0, 1):
         assert sorted(V[f"features.{i}"].tolist()) == sorted(f["feature"] for f in data.read_json(run[0] / "features.json") if f["layer"] == i)
+
+
+def test_lora_py_tells_what_the_adapter_holds(run, home, monkeypatch, capsys):
+    assert here(monkeypatch, [str(run[0])], lora.main) == 0
+    said = capsys.readouterr().out
+    model = model_gemma.load_gemma(home.model)
+    lora.load_adapter(model, run[0])
+    assert "rank 4, alpha 8.0, on k_proj, o_proj, q_proj, v_proj" in said and "1,536 parameters" in said and "method: sails" in said
+    for name, m in lora.adapters(model):
+        [line] = [line for line in said.splitlines() if line.startswith(name + " ")]
+        assert float(line.split("|dW|")[1].split()[0]) == pytest.approx(float(m.delta().detach().norm()), abs=1e-3)
+    assert here(monkeypatch, [home.model], lora.main) == 2 and "no adapter_config.json" in capsys.readouterr().err
+
+
+def test_sae_py_shows_the_features_that_fire_on_a_prompt(home, monkeypatch, capsys):
+    assert here(monkeypatch, ["--model", home.model, "--sae", home.sae, "--layer", "1", "--width", "40", "--prompt", "hey how make", "--top", "3"], sae_module.main) == 0
+    said = capsys.readouterr().out.splitlines()
+    model = model_gemma.load_gemma(home.model)
+    ids = data.load_tokenizer(home.model).encode("hey how make").ids
+    best = sae_module.load_sae(home.sae, 1, "40").encode(model.residuals(torch.tensor([[2] + ids]), [1])[1][0, 1:]).max(0)
+    assert len(said) == 4 and [int(line.split()[1]) for line in said[1:]] == best.values.argsort(descending=True)[:3].tolist()
+    assert here(monkeypatch, ["--model", home.model, "--sae", home.sae, "--layer", "7", "--prompt", "hey"], sae_module.main) == 2
 
 
 def test_training_lowers_the_loss_and_the_held_out_loss(run):
