@@ -37,6 +37,9 @@ def run_main(main):
         sys.exit(main())
     except UserError as e:
         sys.exit(_say(f"error: {e}", 2))
+    except BrokenPipeError:                            # `... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
         sys.exit(_say("\ninterrupted; the same command goes on from what was saved", 130))
 
