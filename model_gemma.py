@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 import data
@@ -117,9 +118,29 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.zeros(dim)), eps     # stored as an offset: 0 is the identity
 
     def forward(self, x):
+        return _Norm.apply(x, self.weight, self.eps)
+
+
+class _Norm(torch.autograd.Function):
+    """RMSNorm's arithmetic, and its gradient by hand: autograd would walk through, and partly keep, seven intermediate tensors."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
         y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (y * (1.0 + self.weight.float())).to(x.dtype)
+        inv = torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)                       # (..., 1)
+        ctx.save_for_backward(x, weight, inv)
+        return (y * inv).mul_(1.0 + weight.float()).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, weight, inv = ctx.saved_tensors             # read once: under checkpointing reading them makes them again
+        y, g = x.float(), g.float()
+        slope = g * (1.0 + weight.float())
+        along = (slope * y).mean(-1, keepdim=True) * inv.square()      # its part along x: the norm takes that out
+        grad_x = torch.addcmul(slope, y, along, value=-1).mul_(inv).to(x.dtype)
+        grad_weight = (g * y * inv).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None
 
 
 def rope_table(positions, head_dim, theta, dtype):
@@ -305,7 +326,7 @@ class Gemma(nn.Module):
         """h (..., D) after the final norm -> logits (..., V), fp32. The cap belongs here, on logits, not on hidden states."""
         return softcap(F.linear(h, self.embed_tokens.weight), self.config.final_cap).float()
 
-    def nll(self, h, targets, chunk=1024):
+    def nll(self, h, targets, chunk=256):
         """-log p(target) in nats for n positions: h (n, D), targets (n,) -> (n,) fp32; never more than `chunk` rows of logits."""
         return _ChunkedNLL.apply(h, self.embed_tokens.weight, targets, self.config.final_cap, chunk)
 
@@ -337,32 +358,41 @@ class _ChunkedNLL(torch.autograd.Function):
         grad_h = torch.empty_like(h) if h.requires_grad and not table.requires_grad else None
         for a in range(0, len(h), chunk):
             rows = slice(a, a + chunk)
-            z = softcap(F.linear(h[rows], table), cap).float()                         # (chunk, V)
-            z_target, lse = z.gather(1, targets[rows, None])[:, 0], z.logsumexp(1)
-            nll[rows] = lse - z_target
+            z, logp = _ChunkedNLL.logp(h[rows], table, cap)
+            nll[rows] = -logp.gather(1, targets[rows, None])[:, 0]
             if grad_h is not None:
-                grad_h[rows] = _ChunkedNLL.slope(z, lse, targets[rows], cap).to(h.dtype) @ table
+                grad_h[rows] = _ChunkedNLL.slope(z, logp, targets[rows], cap).to(h.dtype) @ table
         ctx.save_for_backward(*((grad_h,) if grad_h is not None else (h, table, targets)))
         return nll
 
     @staticmethod
-    def slope(z, lse, targets, cap):
-        """d nll / d (head output), computed in z's own memory: (softmax - onehot) * (1 - (z / cap)^2)."""
-        bend = None if cap is None else (z / cap).square_().neg_().add_(1)
-        p = z.sub_(lse[:, None]).exp_()
-        p[torch.arange(len(p), device=p.device), targets] -= 1
-        return p if bend is None else p.mul_(bend)
+    def logp(h, table, cap):
+        """Capped logits and their log-softmax, both (chunk, V) fp32."""
+        z = F.linear(h, table)
+        if cap is not None:
+            z.div_(cap).tanh_().mul_(cap)              # softcap() in z's own memory
+        z = z.float()
+        return z, F.log_softmax(z, -1)
 
     @staticmethod
+    def slope(z, logp, targets, cap):
+        """d nll / d (head output), computed in the memory of z and logp: (softmax - onehot) * (1 - (z / cap)^2)."""
+        p = logp.exp_()
+        p[torch.arange(len(p), device=p.device), targets] -= 1
+        return p if cap is None else p.addcmul_(p, z.square_(), value=-cap ** -2)
+
+    @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         if not ctx.head_trains:
-            return ctx.saved_tensors[0] * g[:, None].to(ctx.saved_tensors[0].dtype), None, None, None, None
+            [grad_h] = ctx.saved_tensors
+            return grad_h * g[:, None].to(grad_h.dtype), None, None, None, None
         h, table, targets = ctx.saved_tensors
         grad_h, grad_table = torch.empty_like(h), torch.zeros_like(table)
         for a in range(0, len(h), ctx.chunk):
             rows = slice(a, a + ctx.chunk)
-            z = softcap(F.linear(h[rows], table), ctx.cap).float()
-            d = (_ChunkedNLL.slope(z, z.logsumexp(1), targets[rows], ctx.cap) * g[rows, None]).to(h.dtype)
+            d = _ChunkedNLL.slope(*_ChunkedNLL.logp(h[rows], table, ctx.cap), targets[rows], ctx.cap)
+            d = d.mul_(g[rows, None]).to(h.dtype)
             grad_h[rows] = d @ table
             grad_table.addmm_(d.T, h[rows])
         return grad_h, grad_table, None, None, None

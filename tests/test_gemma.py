@@ -168,6 +168,27 @@ def loss_case(head_trains):
     return model, h.requires_grad_(), targets, g       # g: unequal weights, as a masked or DPO loss has them
 
 
+@pytest.mark.parametrize("shape", [(3, 7, 20), (2, 4, 7, 20)], ids=str)
+def test_the_norms_gradients_by_hand_equal_autograds(shape):
+    torch.manual_seed(0)
+    norm = model_gemma.RMSNorm(20, .3)                 # an eps that matters
+    norm.weight.data.normal_()
+    x, g = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    plain = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + .3) * (1 + norm.weight)
+    want = torch.autograd.grad(plain, (x, norm.weight), g)
+    for a, b in zip(torch.autograd.grad(norm(x), (x, norm.weight), g), want):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_reply_nll_scores_the_masked_tokens_and_only_those():
+    model, rows = tiny(), [([2, 5, 6, 7, 8], [0, 0, 0, 1, 1]), ([2, 9, 10], [0, 1, 0])]
+    nll, row = model.reply_nll(rows)
+    want = [F.cross_entropy(model(torch.tensor([ids]))[0, t - 1], torch.tensor(ids[t])) for ids, t in
+            ((rows[0][0], 3), (rows[0][0], 4), (rows[1][0], 1))]
+    torch.testing.assert_close(nll, torch.stack(want), atol=1e-4, rtol=0)
+    assert row.tolist() == [0, 0, 1]
+
+
 def by_autograd(model, h, targets, g):
     z = F.linear(h, model.embed_tokens.weight)
     if model.config.final_cap is not None:
