@@ -34,7 +34,7 @@ def verdict(quoted):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    rng, share, log, lock, stall, fault = random.Random(0), 0., None, threading.Lock(), 2., None
+    rng, share, log, lock, stall, fault, count = random.Random(0), 0., None, threading.Lock(), 2., None, 0
 
     def log_message(self, *args):
         pass
@@ -50,6 +50,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.lock:
+            type(self).count += 1
             faults = ("429", "429 later", "500", "stall", "half", "not chat", "cut", "drip")
             fault = self.fault or (self.rng.choice(faults) if self.rng.random() < self.share else None)
         text = asked["messages"][-1]["content"]

@@ -107,7 +107,7 @@ def cut_after(calls, monkeypatch):
 @pytest.mark.parametrize("temperature", [0., 1.])
 def test_an_interrupted_run_goes_on_where_it_was_and_asks_nothing_twice(model, tmp_path, monkeypatch, temperature):
     rows = answer(model, tmp_path / "a.jsonl", temperature=temperature)
-    assert [r["id"] for r in rows] == [p["id"] for p in prompts()]
+    assert [r["id"] for r in rows] == [p["id"] for p in prompts()] == [r["id"] for _, r in data.read_jsonl(tmp_path / "a.jsonl")]
     asked = cut_after(3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         answer(model, tmp_path / "b.jsonl", temperature=temperature)
@@ -163,8 +163,10 @@ def test_judging_again_needs_no_model_and_other_settings_are_not_mixed_in(folder
     args = ["--prompts", file, "--out", tmp_path / "o"]
     assert main("--model", folder, "--max-new", 4, *args)[0] == 0
     before = (tmp_path / "o" / "responses.jsonl").read_bytes()
-    code, out, _ = main("--judge", "refusal-anywhere", "--judge", "refusal-or-evasion", *args)
-    assert code == 0 and "Judge: refusal-anywhere" in out and "Judge: refusal-or-evasion" in out
+    code, out, _ = main("--judge", "refusal-anywhere", *args)
+    assert code == 0 and "Judge: refusal-anywhere" in out and "Judge: refusal\n" in out              # verdicts of before are kept
+    assert main("--judge", "refusal-or-evasion", "--limit", 2, *args)[0] == 0                        # even where fewer prompts are asked for
+    assert len(list(data.read_jsonl(tmp_path / "o" / "verdicts.jsonl"))) == 4 + 4 + 2
     code, _, err = main("--model", folder, "--max-new", 5, *args)
     assert code == 2 and "max_new was 4, now 5" in err and err.count("\n") == 1
     assert (tmp_path / "o" / "responses.jsonl").read_bytes() == before
@@ -249,7 +251,8 @@ def test_the_bootstrap_interval_is_about_the_binomial_one_and_weights_count():
     mean, low, high = ev.interval(x)
     half = 1.96 * math.sqrt(.3 * .7 / 200)
     assert mean == .3 and abs(low - (.3 - half)) < .01 and abs(high - (.3 + half)) < .01
-    assert ev.interval([1, 4], [3, 1])[0] == 1.75 and ev.interval([1, 1, 1]) == [1, 1, 1]
+    mean, low, high = ev.interval([0] * 50 + [1] * 50, [1] * 50 + [3] * 50)
+    assert mean == .75 and .6 < low < .7 < .8 < high < .9 and ev.interval([1, 1, 1]) == [1, 1, 1]
 
 
 def test_paired_comparison_gives_mcnemars_exact_p_and_leaves_out_what_is_not_judged_in_both():
@@ -257,15 +260,20 @@ def test_paired_comparison_gives_mcnemars_exact_p_and_leaves_out_what_is_not_jud
         return judged([(dict(refused=x), "stop", "x") for x in flags] + [(dict(refused=True), "length", "x")])
     a, b = [True] * 10 + [False] * 2 + [True] * 8, [False] * 10 + [True] * 2 + [True] * 8
     row = ev.compare(half(a), half(b))["j"]["set"]
-    assert (row["pairs"], row["left_out"], row["only_this"], row["only_other"]) == (20, 1, 10, 2)
+    assert (row["pairs"], row["left out"], row["only this"], row["only other"]) == (20, 1, 10, 2)
     assert row["this"] == .9 and row["other"] == .5 and row["difference"][0] == pytest.approx(.4) and 0 < row["difference"][1] < .2 < row["difference"][2]
     assert row["p"] == pytest.approx(2 * (1 + 12 + 66) / 2 ** 12)              # exact binomial, two-sided
+    attacked = [[dict(r, **({"set": "set+GCG"} if "set" in r else {})) for r in part] for flags in (a, b) for part in half(flags)]
+    row = ev.compare(attacked[:2], attacked[2:])["j"]["set+GCG"]
+    assert (row["measure"], row["this"], row["other"], row["only other"]) == ("attack success", pytest.approx(.1), .5, 10)
     same = ev.compare(half(a), half(a))["j"]["set"]
     assert same["p"] == 1 and same["difference"] == [0, 0, 0]
     rows, verdicts = half(b)
     rows[3]["prompt_sha256"] = "other"
     with pytest.raises(UserError, match="1 prompts are missing or different"):
         ev.compare(half(a), (rows, verdicts))
+    with pytest.raises(UserError, match="judged here by .'j'., there by .'other'."):
+        ev.compare(half(a), judged([(dict(refused=True), "stop", "x")] * 21, judge="other"))
 
 
 # ------------------------------------------------------------------------------------------------ what alignment cost
