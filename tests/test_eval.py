@@ -396,7 +396,8 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(tmp_path, main, folder):
     for args, match in ((["--out", "x"], "give --out DIR and --prompts"), (["--prompts", tmp_path / "no.csv", "--out", tmp_path / "o"], "no such file"),
                         (["--prompts", sets(tmp_path, "a.txt", "a"), "--out", tmp_path / "o"], "1 of 1 prompts have no reply yet; give --model"),
                         (["--prompts", tmp_path / "a.txt", "--judge-url", "http://x", "--out", tmp_path / "o"], "go together"),
-                        (["--model", folder, "--kl", tmp_path / "a.txt", "--out", tmp_path / "o"], "--kl needs a base")):
+                        (["--model", folder, "--kl", tmp_path / "a.txt", "--out", tmp_path / "o"], "--kl needs a base"),
+                        (["--model", folder, "--kl", tmp_path / "no.txt", "--base", folder, "--out", tmp_path / "o"], "not a readable text file")):
         code, _, err = main(*args)
         assert code == 2 and match in err and err.startswith("error: ") and err.count("\n") == 1, err
     assert not (tmp_path / "o" / "results.json").exists()
