@@ -48,7 +48,7 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.on or self.kept is not None:
             return y
-        return (y + F.linear(F.linear(x.float(), self.A), self.B) * self.scale).to(y.dtype)
+        return (y + F.linear(F.linear(x.float(), self.A) * self.scale, self.B)).to(y.dtype)
 
     def delta(self):
         """The weight change (out, in), fp32."""

@@ -213,7 +213,7 @@ class Attention(nn.Module):
         if c.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.eps), RMSNorm(c.head_dim, c.eps)
 
-    def forward(self, x, cos, sin, mask, cache):
+    def forward(self, x, cos, sin, mask, cache, want=None):
         c, (B, T, _) = self.c, x.shape
         q = self.q_proj(x).view(B, T, c.n_heads, c.head_dim).transpose(1, 2)           # (B, H, T, d)
         k = self.k_proj(x).view(B, T, c.n_kv_heads, c.head_dim).transpose(1, 2)        # (B, K, T, d)
@@ -230,7 +230,8 @@ class Attention(nn.Module):
         # a finite minimum: with -inf a row that is all padding becomes NaN and poisons the batch
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         weights = F.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
-        return self.o_proj((weights @ v).transpose(1, 2).reshape(B, T, -1))
+        out = (weights @ v).transpose(1, 2).reshape(B, T, -1)                          # (B, T, H d)
+        return self.o_proj(out if want is None else out[want])
 
 
 class MLP(nn.Module):
@@ -245,7 +246,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Norm before and after each branch; the second one acts on the branch before it is added to the residual stream."""
+    """Norm before and after each branch; the second one acts on the branch before it is added to the residual stream.
+
+    want (B, T) bool asks for some positions only: what follows attention is then done for those, and comes back as (n, D).
+    """
 
     def __init__(self, c, layer):
         super().__init__()
@@ -253,8 +257,9 @@ class Block(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(c.d_model, c.eps), RMSNorm(c.d_model, c.eps)
         self.pre_feedforward_layernorm, self.post_feedforward_layernorm = RMSNorm(c.d_model, c.eps), RMSNorm(c.d_model, c.eps)
 
-    def forward(self, h, cos, sin, mask, cache):
-        h = h + self.post_attention_layernorm(self.self_attn(self.input_layernorm(h), cos, sin, mask, cache))
+    def forward(self, h, cos, sin, mask, cache, want=None):
+        branch = self.self_attn(self.input_layernorm(h), cos, sin, mask, cache, want)
+        h = (h if want is None else h[want]) + self.post_attention_layernorm(branch)
         return h + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h)))          # (B, T, D)
 
 
@@ -281,7 +286,7 @@ class Gemma(nn.Module):
         # rounded to the compute dtype on purpose, as the model was trained: in bf16 59.87 becomes 59.75 for the 9B
         return h * torch.tensor(self.config.d_model ** 0.5, dtype=table.dtype)
 
-    def hidden(self, ids=None, keep=None, cache=None, taps=(), embeds=None, last=None):
+    def hidden(self, ids=None, keep=None, cache=None, taps=(), embeds=None, last=None, want=None):
         """Run the blocks.
 
         ids     (B, T) token ids, or embeds (B, T, D) as embed() gives them
@@ -289,7 +294,8 @@ class Gemma(nn.Module):
         cache   KVCache to read from and append to, or None
         taps    layers whose output is wanted: the residual stream after that block, as Gemma Scope's `res` SAEs read it
         last    stop after this layer and return its residual, not normed
-        Returns h (B, T, D) after the final norm and {layer: residual (B, T, D)} before it.
+        want    (B, T) bool: positions whose outcome is wanted; the last block's MLP, half of a shallow model, skips the others
+        Returns h (B, T, D), or (n, D) with want, after the final norm and {layer: residual (B, T, D)} before it.
         """
         c = self.config
         h = self.embed(ids) if embeds is None else embeds
@@ -299,7 +305,7 @@ class Gemma(nn.Module):
         out = {}
         for i, block in enumerate(self.layers):
             cos, sin = rope[c.theta[c.local[i]]]
-            args = h, cos, sin, masks[c.local[i]], cache
+            args = h, cos, sin, masks[c.local[i]], cache, want if i == c.n_layers - 1 else None
             # non-reentrant: the reentrant kind drops LoRA's gradients when the embedding is frozen
             h = checkpoint(block, *args, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block(*args)
             if i in taps:
@@ -338,8 +344,8 @@ class Gemma(nn.Module):
         """
         ids, keep = (t.to(self.device) for t in data.pad([ids for ids, _ in rows]))
         want = data.pad([mask for _, mask in rows])[0].to(self.device)[:, 1:].bool()               # (B, T-1)
-        h, _ = self.hidden(ids[:, :-1], keep[:, :-1])
-        return self.nll(h[want], ids[:, 1:][want]), want.nonzero()[:, 0]
+        h, _ = self.hidden(ids[:, :-1], keep[:, :-1], want=want)                                  # (n, D)
+        return self.nll(h, ids[:, 1:][want]), want.nonzero()[:, 0]
 
     def forward(self, ids, keep=None):
         """ids (B, T) -> logits (B, T, V), fp32."""

@@ -121,6 +121,18 @@ def test_a_repeated_cache_continues_one_prefix_many_ways_and_stays_itself(kind):
 
 # ----------------------------------------------------------------------------------------------------- taps, embeddings
 @both
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_only_the_wanted_positions_come_back_and_they_are_the_same(kind, checkpointing):
+    model, (ids, keep) = tiny(kind).requires_grad_(True), data.pad(PROMPTS)
+    model.checkpointing, want = checkpointing, keep & (torch.arange(7) % 3 == 1)
+    few, all_ = model.hidden(ids, keep, want=want)[0], model.hidden(ids, keep)[0][want]
+    torch.testing.assert_close(few, all_, atol=1e-4, rtol=0)
+    weights = [p for p in model.parameters()]
+    for a, b in zip(torch.autograd.grad(few.square().sum(), weights), torch.autograd.grad(all_.square().sum(), weights)):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+@both
 def test_taps_equal_a_walk_by_hand(kind):
     model, (ids, keep) = tiny(kind), data.pad(PROMPTS)
     c, at = model.config, (keep.long().cumsum(1) - 1)
