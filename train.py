@@ -106,6 +106,7 @@ def parser():
     g("--clip", type=float, default=1.0, help="gradient norm")
     g("--beta", type=float, default=0.1, help="dpo: strength of the pull to the reference; rloo: weight of its KL")
     g("--samples", type=int, default=4, help="rloo: replies drawn per prompt")
+    g("--sft-steps", type=int, default=0, help="so many steps of sft before dpo or rloo begins: a reward can only reinforce replies that are drawn")
     g("--max-new", type=int, default=64, help="rloo and --test: tokens per reply")
     g("--replay", type=float, default=0.0, help="weight of a KL to the base on neutral text: against forgetting")
     g("--max-tokens", type=int, default=512, help="longer examples are left out")
@@ -295,7 +296,7 @@ def backward(model, batch, s, step, reference, reward):
     told = dict(loss=0.0, tokens=tokens)
     for at in range(0, len(mine), s.micro):
         rows = mine[at:at + s.micro]
-        if s.objective == "sft":
+        if s.objective == "sft" or step < s.sft_steps:
             loss, more = sft_loss(model, rows, tokens)
         elif s.objective == "dpo":
             loss, more = dpo_loss(model, reference, rows, s.beta, len(batch))
@@ -722,10 +723,8 @@ def held_out(model, rows, batch=8):
 def answer_test(s, model, tok, folder):
     """Greedy replies to --test, saved first, then judged by how they open."""
     examples = read_test(s)
-    prompts, told = [data.render_chat(tok, ex["turns"], None, s.template)[0] for ex in examples], []
-    for at in data.progress(range(0, len(prompts), 64), desc="replies", disable=None):
-        new = model_gemma.generate(model, prompts[at:at + 64], s.max_new, s.stop)
-        told += [dict(id=ex["id"], label=ex["label"], reply=tok.decode([t for t in y if t not in s.stop]).strip()) for ex, y in zip(examples[at:at + 64], new)]
+    replies = evaluation.reply(model, tok, examples, s.template, s.max_new, 64)
+    told = [dict(id=ex["id"], label=ex["label"], **y) for ex, y in zip(examples, replies)]
     data.write_text(folder / "responses.jsonl", "".join(json.dumps(t) + "\n" for t in told))
     refused = np.array([evaluation.starts_with_refusal(t["reply"]) for t in told])
     harmful = np.array([t["label"] == "harmful" for t in told])
@@ -848,7 +847,7 @@ def describe_world(folder):
 
 CELL = dict(base=0, seed=0, method="sails", lr=3e-3, steps=80, objective="sft", freeze_basis=False, k=4, tau=1.0, r=4, sides="both",
             targets="q,k,v,o", layers=str(TINY_LAYER), contrast="prompts", score="absolute", nuisance=0.75, replay=0.0, drop="",
-            norm_aware=False)
+            norm_aware=False, beta=0.1, sft_steps=0)
 
 
 def run_cell(cell, worlds):

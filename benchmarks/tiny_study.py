@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import train
 
-MAIN = dict(bases=6, seeds=8)                          # the main table; intervals over the bases' means
-SMALL = dict(bases=3, seeds=4)                         # ablations: sizes, not significance, are to be seen
+MAIN = dict(bases=4, seeds=8)                          # the main table; intervals over the bases' means
+SMALL = dict(bases=3, seeds=3)                         # ablations: sizes, not significance, are to be seen
 METHODS = ["sails", "lora", "full", "random", "random-features", "mean-diff", "raw-pca"]
 ALL = "q,k,v,o,gate,up,down"
 
@@ -57,11 +57,12 @@ def cells(bases, seeds, **settings):
 def plan():
     """{section: {label: cells}}; a cell that two sections share is run once."""
     out = {"main": {m: cells(**MAIN, method=m) for m in METHODS}}
+    out["budget"] = {f"{m}, {n}": [c for c in cells(**SMALL, method=m, steps=n) if c["lr"] == grid(m)[0]] for n in (40, 80, 160, 320) for m in METHODS}
     for title, variants in ABLATIONS:
         out[title] = {label: cells(**SMALL, **settings) for label, settings in variants.items()}
-    out["budget"] = {f"{m}, {n}": [c for c in cells(**SMALL, method=m, steps=n) if c["lr"] == grid(m)[0]] for n in (40, 80, 160, 320) for m in METHODS}
-    for objective in ("dpo", "rloo"):
-        out[objective] = {m: cells(bases=3, seeds=8, method=m, objective=objective) for m in ("sails", "lora", "full")}
+    # half of the steps on sft first: the base never refuses in a dialogue, so there is no refusal that a reward could reinforce
+    for objective, beta in (("dpo", 0.1), ("rloo", 0.02)):
+        out[objective] = {m: cells(bases=3, seeds=8, method=m, objective=objective, sft_steps=40, beta=beta) for m in ("sails", "lora", "full")}
     return out
 
 
@@ -120,15 +121,16 @@ def report(done, out):
     for b, t in bases.items():
         inside = [np.mean([r["harm_energy"] for r in every if r["base"] == b and r["method"] == m]) for m in METHODS if m not in ("lora", "full")]
         lines.append(f"| {b} | {t['probe_auc']:.3f} | {t['feature_auc']:.3f} | {t['feature_cosine']:.2f} | {t['sae']['fve']:.2f} | " + " | ".join(f"{x:.2f}" for x in inside) + " |")
-    lines += ["", "Energy: share of the harm direction inside each method's start.", "", *train.tables(every, METHODS), "",
-              "## Budget curve: OOD safe / balance at the lowest learning rate", "", *budget_curve(done["budget"], Path("results/tiny_budget.png")), ""]
-    for objective in ("dpo", "rloo"):
-        lines += [f"## Objective {objective} (3 bases x 8 seeds)", "", *train.tables(sum(done[objective].values(), []), list(done[objective])), ""]
-    lines += [f"# Ablations of SAILS ({SMALL['bases']} bases x {SMALL['seeds']} seeds; intervals over seeds)", ""]
-    for title, _ in ABLATIONS:
+    lines += ["", "Energy: share of the harm direction inside each method's start.", "", *train.tables(every, METHODS), ""]
+    if "budget" in done:
+        lines += [f"## Budget curve: OOD safe / balance at the lowest learning rate ({SMALL['bases']} bases x {SMALL['seeds']} seeds)", "",
+                  *budget_curve(done["budget"], Path("results/tiny_budget.png")), ""]
+    for objective in (o for o in ("dpo", "rloo") if o in done):
+        lines += [f"## Objective {objective}, after 40 of the 80 steps on sft (3 bases x 8 seeds)", "", *train.tables(sum(done[objective].values(), []), list(done[objective])), ""]
+    lines += [f"# Ablations of SAILS ({SMALL['bases']} bases x {SMALL['seeds']} seeds; intervals over all of these runs)", ""]
+    for title in (t for t, _ in ABLATIONS if t in done):
         lines += [f"## {title}", "", *small_table(done[title]), ""]
     data.write_text("results/tiny_study.md", "\n".join(lines) + "\n")
-    print("\n".join(lines))
 
 
 def again(out, n):
@@ -144,7 +146,7 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("--out", type=Path, default=Path("runs/study"))
     ap.add_argument("--jobs", type=int, default=2)
-    ap.add_argument("--only", nargs="*", help="sections to run now (main, budget, dpo, rloo, or words of an ablation's title); no report")
+    ap.add_argument("--skip", nargs="*", default=[], help="sections to leave out: budget, dpo, rloo, or an ablation's title")
     ap.add_argument("--again", type=int, help="repeat one cell and compare")
     args = ap.parse_args()
     if args.again is not None:
@@ -158,13 +160,12 @@ def main():
             data.write_json(home / "told.json", train.describe_world(home))
     done = {}
     for section, variants in plan().items():
-        if args.only and not any(word in section for word in args.only):
+        if section in args.skip:
             continue
         print(f"{section}: {sum(map(len, variants.values()))} cells", flush=True)
         rows = train.run_cells(sum(variants.values(), []), args.out / "worlds", args.out / "cells.jsonl", args.jobs)
         at = np.cumsum([0, *map(len, variants.values())])
         done[section] = {label: rows[a:b] for label, a, b in zip(variants, at, at[1:])}
-    if not args.only:
         report(done, args.out)
 
 
