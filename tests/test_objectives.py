@@ -19,7 +19,7 @@ def tuned(world, split):
     lora.attach(model, ("q", "v", "o", "down"), 3, 6)
     stir(model)
     rows = train.encode(world.tok, split["train"][:6] + split["train"][-5:], "tiny")[0]
-    return model, rows, SimpleNamespace(objective="sft", micro=3, beta=.1, samples=3, max_new=4, stop={1}, seed=0, batch=11)
+    return model, rows, SimpleNamespace(objective="sft", micro=3, beta=.1, samples=3, max_new=4, stop={1}, seed=0, batch=11, sft_steps=0)
 
 
 def stir(model, size=.1):
@@ -145,6 +145,14 @@ def test_gradients_agree_with_finite_differences(tuned):
     check_slope(model, lambda: train.replay_loss(model, reference, texts))
 
 
+def test_the_first_steps_are_sft_where_asked_for(tuned):
+    model, rows, s = tuned
+    told = [train.backward(model, rows, s, 0, None, None)]
+    s.objective, s.sft_steps = "dpo", 2
+    told += [train.backward(model, rows, s, step, train.base_reference(model), None) for step in (0, 1, 2)]
+    assert told[1] == told[2] == told[0] and "margin" in told[3]
+
+
 # ------------------------------------------------------------------------------------------------------------- rloo
 def test_advantages_are_rewards_less_the_mean_of_the_others():
     got = train.leave_one_out(torch.tensor([[1., 0., 0., 1.], [3., 3., 3., 3.], [0., 0., 0., 8.]]))
@@ -243,7 +251,7 @@ def test_replay_is_zero_at_the_start_and_the_kl_from_base_to_model_per_token_lat
         with lora.adapter_off(model):
             then = model(torch.tensor([ids]))[0].double().log_softmax(-1)
         sums, n = sums + float((then.exp() * (then - now)).sum()), n + len(ids)
-    assert float(train.replay_loss(model, reference, texts)) == pytest.approx(sums / n, rel=1e-3) and sums / n > .01
+    assert float(train.replay_loss(model, reference, texts).detach()) == pytest.approx(sums / n, rel=1e-3) and sums / n > .01
     lora.init_lora(model)
     assert float(train.replay_loss(model, reference, texts)) == pytest.approx(0, abs=1e-6)
 
