@@ -853,8 +853,9 @@ CELL = dict(base=0, seed=0, method="sails", lr=3e-3, steps=80, objective="sft", 
 def run_cell(cell, worlds):
     """One alignment in the tiny world and everything measured about it: a pure function of the cell and the base's files."""
     torch.set_num_threads(1)                           # one thread a process scales better than two threads in one
-    began, cell = time.perf_counter(), {**CELL, **cell}
+    cell = {**CELL, **cell}
     world, base, saes, harm = open_world(Path(worlds) / f"base-{cell['base']}")
+    began = time.process_time()
     s = settle(parser().parse_args([]), tiny=True)
     vars(s).update({k: v for k, v in cell.items() if k != "base"}, targets=tuple(cell["targets"].split(",")), alpha=2.0 * cell["r"], resume=False, max_new=8,
                    stop={data.EOS}, template="tiny")
@@ -886,12 +887,11 @@ def run_cell(cell, worlds):
     try:
         reference = (lambda: contextlib.nullcontext(base)) if cell["method"] == "full" else base_reference(model)
         align(model, rows["train"], s, None, reference, judge_reward(world.tok, s.stop), [ids for ids, _ in neutral], watch)
-        out["train_seconds"] = time.perf_counter() - began
+        out["train_seconds"] = time.process_time() - began
         out.update(measure_tiny(model, world, split), path=path)
         out["validation_loss"] = validation_loss(model, reference, rows["validate"], neutral, s, out["validate"])
     finally:
         lora.detach(model)
-    out["seconds"] = time.perf_counter() - began
     return out
 
 
@@ -1024,7 +1024,7 @@ def tables(rows, methods):
     for budget in ("tuned", "gentle"):
         picked = pick(rows, budget)
         title = "learning rate chosen on validation pairs" if budget == "tuned" else "the lowest learning rate: the smallest update budget"
-        lines += [f"**{budget}**: {title}", "", "| method | " + " | ".join(COLUMNS) + " | parameters | seconds | learning rates |",
+        lines += [f"**{budget}**: {title}", "", "| method | " + " | ".join(COLUMNS) + " | parameters | CPU seconds | learning rates |",
                   "| --- |" + " --- |" * (len(COLUMNS) + 3)]
         for m in methods:
             mine = [r for (k, _, _), r in picked.items() if k == m]

@@ -118,6 +118,10 @@ def report(done, out):
              "| base | probe AUC | best feature's AUC | cosine with harm | SAE FVE | " + " | ".join(f"energy: {m}" for m in METHODS if m not in ("lora", "full")) + " |",
              "| --- |" + " --- |" * 9]
     every = sum(done["main"].values(), [])
+    for m in METHODS:                                  # timed now, one at a time: the study itself may have shared its cores
+        seconds = train.run_cell({k: v for k, v in done["main"][m][0].items() if k in train.CELL}, out / "worlds")["train_seconds"]
+        for row in done["main"][m]:
+            row["train_seconds"] = seconds
     for b, t in bases.items():
         inside = [np.mean([r["harm_energy"] for r in every if r["base"] == b and r["method"] == m]) for m in METHODS if m not in ("lora", "full")]
         lines.append(f"| {b} | {t['probe_auc']:.3f} | {t['feature_auc']:.3f} | {t['feature_cosine']:.2f} | {t['sae']['fve']:.2f} | " + " | ".join(f"{x:.2f}" for x in inside) + " |")
@@ -136,8 +140,8 @@ def report(done, out):
 def again(out, n):
     """Run one cell of the file a second time; every number must be the same, except times."""
     row = [r for _, r in data.read_jsonl(out / "cells.jsonl")][n]
-    new = json.loads(json.dumps(train.run_cell({k: row[k] for k in train.CELL}, out / "worlds")))
-    differ = [k for k in row if row[k] != new[k] and "seconds" not in k]
+    new = json.loads(json.dumps(train.run_cell({k: row[k] for k in train.CELL if k in row}, out / "worlds")))
+    differ = [k for k in row if "seconds" not in k and row[k] != new[k]]
     print(f"cell {n}: {row['method']}, base {row['base']}, seed {row['seed']}, lr {row['lr']:g}: " + (f"differs in {differ}" if differ else "reproduced exactly"))
     return bool(differ)
 
