@@ -1044,12 +1044,12 @@ def tables(rows, methods):
 
 
 def verdict(words):
-    """One sentence from the paired differences: ahead or behind only where the interval excludes 0."""
-    parts = []
-    for budget in ("tuned", "gentle"):
-        said = {w: [m for b, m, v in words if b == budget and v == w] for w in ("ahead of", "no different from", "behind")}
-        parts.append(f"{budget}, it is " + "; ".join(f"{w} {', '.join(ms)}" for w, ms in said.items() if ms))
-    return "In OOD balance SAILS, " + ". With SAILS, ".join(parts).replace("With SAILS, gentle, it", "Gentle, it") + "."
+    """Two sentences from the paired differences: ahead or behind only where the interval excludes 0."""
+    out = []
+    for budget, start in (("tuned", "Tuned"), ("gentle", "At the lowest learning rate")):
+        said = {w: ", ".join(m for b, m, v in words if b == budget and v == w) for w in ("ahead of", "no different from", "behind")}
+        out.append(f"{start}, SAILS's OOD balance is " + "; ".join(f"{w} {ms}" for w, ms in said.items() if ms) + ".")
+    return " ".join(out) if words else "Without sails and another method there is nothing to compare."
 
 
 def compare(s):
