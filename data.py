@@ -41,7 +41,7 @@ def run_main(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
-        sys.exit(_say("\ninterrupted; the same command goes on from what was saved", 130))
+        sys.exit(_say("\ninterrupted; the same command goes on from what was saved (with --resume where a model is trained)", 130))
 
 
 def _say(line, code):

@@ -402,7 +402,7 @@ def run(s):
         count, total = sum(p.numel() for _, p in lora.trainable(model)), sum(p.numel() for p in model.parameters())
         say(f"training {count:,} of {total:,} parameters ({100 * count / total:.2f} %), {s.objective}, {s.steps} steps of {s.batch}, lr {s.lr:g}")
         reference = base_reference(model) if s.objective != "sft" or s.replay > 0 else None
-        align(model, rows, s, folder, reference, judge_reward(tok, s.stop), [r["chosen"][0] for r in held])
+        align(model, rows, s, folder, reference, judge_reward(tok, s.stop), [r["prompt"] for r in rows])
         if lead():
             finish(s, model, tok, held, folder, {} if s.method in ("full", "lora") else bases)
 
