@@ -170,7 +170,7 @@ def main():
         rows = train.run_cells(sum(variants.values(), []), args.out / "worlds", args.out / "cells.jsonl", args.jobs)
         at = np.cumsum([0, *map(len, variants.values())])
         done[section] = {label: rows[a:b] for label, a, b in zip(variants, at, at[1:])}
-        report(done, args.out)
+    report(done, args.out)
 
 
 if __name__ == "__main__":
