@@ -289,9 +289,9 @@ STYLES = {
 }
 
 
-def default_style(spec, tok):
+def default_style(spec, tok=None):
     """Which of STYLES a model reads: its own words for the tiny world, chat turns for -it models, HH's form for base."""
-    if tok.token_to_id("<user>") is not None:
+    if tok is not None and tok.token_to_id("<user>") is not None:
         return "tiny"
     return "gemma" if re.search(r"(^|[-_/])it($|[-_@/])", str(spec).rstrip("/")) else "hh"
 

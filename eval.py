@@ -653,28 +653,20 @@ def as_markdown(results):
 LETTERS = "ABCDEFGHIJ"
 
 
-def _supervised(model, batch):
-    """h (n, D) at the positions that predict masked tokens, those tokens (n,), and the row each belongs to (n,)."""
-    ids, keep = data.pad([row[0] for row in batch])
-    mask, _ = data.pad([row[1] for row in batch])
-    ids, keep, want = ids.to(model.device), keep.to(model.device), mask[:, 1:].bool().to(model.device)
-    h, _ = model.hidden(ids[:, :-1], keep[:, :-1])                       # position t - 1 predicts token t
-    return h[want], ids[:, 1:][want], want.nonzero()[:, 0]
-
-
 def sequence_logprobs(model, batch):
     """batch [(ids, mask), ...] -> summed log p of each row's masked tokens (B,) fp32, in nats, and their number (B,).
     Differentiable: preference losses use it too."""
-    h, targets, row = _supervised(model, batch)
-    nll = model.nll(h, targets)
+    nll, row = model.reply_nll(batch)
     return nll.new_zeros(len(batch)).index_add(0, row, -nll), torch.bincount(row, minlength=len(batch))
 
 
 @torch.no_grad()
 def greedy_matches(model, examples):
     """[(ids, mask), ...] -> bool per row: is every masked token the argmax? Equal to greedy generation that begins with them."""
-    h, targets, row = _supervised(model, examples)
-    wrong = row[model.logits(h).argmax(-1) != targets]
+    ids, keep = (t.to(model.device) for t in data.pad([ids for ids, _ in examples]))
+    want = data.pad([mask for _, mask in examples])[0].to(model.device)[:, 1:].bool()              # (B, T-1)
+    h, _ = model.hidden(ids[:, :-1], keep[:, :-1], want=want)            # position t - 1 predicts token t
+    wrong = want.nonzero()[:, 0][model.logits(h).argmax(-1) != ids[:, 1:][want]]
     return (torch.bincount(wrong, minlength=len(examples)) == 0).tolist()
 
 

@@ -166,8 +166,7 @@ def sft_loss(model, rows, whole):
 
 def reply_logp(model, rows):
     """log p of whole replies, summed over their tokens: rows of (ids, mask) -> (B,) fp32."""
-    nll, row = model.reply_nll(rows)
-    return torch.zeros(len(rows), device=nll.device).index_add(0, row, -nll)
+    return evaluation.sequence_logprobs(model, rows)[0]
 
 
 def dpo_loss(model, reference, rows, beta, whole):
@@ -382,7 +381,7 @@ def run(s):
     choose_sources(s, config)
     if s.dry_run:
         return dry_run(s, config)
-    say(*describe(s))
+    say("\n".join(describe(s)))
     with open_folder(s) as folder:
         tok = data.load_tokenizer(s.model)
         s.stop = data.stop_ids(tok, s.template)
@@ -404,13 +403,13 @@ def run(s):
         reference = base_reference(model) if s.objective != "sft" or s.replay > 0 else None
         align(model, rows, s, folder, reference, judge_reward(tok, s.stop), [r["prompt"] for r in rows])
         if lead():
-            finish(s, model, tok, held, folder, {} if s.method in ("full", "lora") else bases)
+            finish(s, model, tok, held, folder)
 
 
 def choose_sources(s, config):
     """Defaults that depend on the model: its SAEs and their layers, the data, the chat form."""
     fam = family(s.model, config)
-    s.template = s.template or data.default_style(s.model, data.load_tokenizer(s.model) if not s.dry_run else _NoTokenizer)
+    s.template = s.template or data.default_style(s.model, None if s.dry_run else data.load_tokenizer(s.model))
     needs_sae = s.method not in ("lora", "full")
     if needs_sae and s.sae is None:
         if fam is None:
@@ -428,18 +427,14 @@ def choose_sources(s, config):
         s.data = HH
 
 
-class _NoTokenizer:
-    token_to_id = staticmethod(lambda word: None)
-
-
 def describe(s):
     """The decisions of a run, a line each."""
     form = {"gemma": "Gemma's chat turns", "hh": "HH-RLHF's Human/Assistant form", "tiny": "the tiny world's words"}[s.template]
     yield f"{s.model}: {form}, {s.dtype} on {s.device}"
     if s.method not in ("lora", "full"):
         base = " (the base model's SAEs on Gemma's chat turns: Gemma Scope reports that they transfer to -it)" if "-pt-" in s.sae and s.template == "gemma" else ""
-        yield f"\nSAEs: {s.sae}, width {s.width if s.sae != 'fit' else s.fit_width}, layers {','.join(map(str, s.layers))}{base}"
-    yield f"\ndata: {s.data}"
+        yield f"SAEs: {s.sae}, width {s.width if s.sae != 'fit' else s.fit_width}, layers {','.join(map(str, s.layers))}{base}"
+    yield f"data: {s.data}"
 
 
 def dry_run(s, config):
@@ -451,7 +446,7 @@ def dry_run(s, config):
             lora.attach(model, s.targets, s.r, s.alpha)
     count = sum(p.numel() for _, p in lora.trainable(model))
     size = 2 if s.dtype == "bfloat16" else 4
-    say(*describe(s))
+    say("\n".join(describe(s)))
     say(f"base {total:,} parameters; trainable {count:,} = {100 * count / total:.2f} %")
     say(f"memory: base {total * size / 1e9:.1f} GB in {s.dtype}, trained tensors, gradients and Adam's moments {count * 16 / 1e9:.2f} GB"
         + (", and the same base again as the reference" if s.method == "full" and s.objective != "sft" else "") + "; activations come on top")
@@ -674,7 +669,7 @@ def start_adapters(s, model, bases):
     return lora.init_sails(model, bases, s.seed, s.freeze_basis, s.norm_aware, sides)
 
 
-def finish(s, model, tok, held, folder, bases):
+def finish(s, model, tok, held, folder):
     """Save what was trained, then say what it did to held-out pairs; --test prompts are answered, saved, then judged."""
     if s.method == "full":
         model_gemma.save_gemma(model, folder)
