@@ -8,6 +8,7 @@ which repeats cell 17 of cells.jsonl and compares every number with the line in 
 """
 import argparse
 import json
+import shlex
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -109,10 +110,11 @@ def budget_curve(done, path):
     return lines
 
 
-def report(done, out):
+def report(done, out, skipped):
     """results/tiny_study.md from all sections."""
     bases = {b: json.loads((out / "worlds" / f"base-{b}" / "told.json").read_text()) for b in range(MAIN["bases"])}
-    lines = ["# The tiny world: main table, curve and ablations", "", "`python benchmarks/tiny_study.py --out runs/study --jobs 2`", "",
+    lines = ["# The tiny world: main table, curve and ablations", "", f"`{shlex.join(['python', 'benchmarks/tiny_study.py', '--out', 'runs/study', *(['--skip', *skipped] if skipped else [])])}`", "",
+             *(["The skipped sections are defined in the script and have not been run.", ""] if skipped else []),
              f"Main table: {MAIN['bases']} bases x {MAIN['seeds']} alignment seeds, 95 % intervals over the bases' means. OOD: topics never trained on. Tuned: each "
              "method's learning rate by validation on trained topics; gentle: the lowest of its grid.", "",
              "| base | probe AUC | best feature's AUC | cosine with harm | SAE FVE | " + " | ".join(f"energy: {m}" for m in METHODS if m not in ("lora", "full")) + " |",
@@ -172,7 +174,7 @@ def main():
         rows = train.run_cells(sum(variants.values(), []), args.out / "worlds", args.out / "cells.jsonl", args.jobs)
         at = np.cumsum([0, *map(len, variants.values())])
         done[section] = {label: rows[a:b] for label, a, b in zip(variants, at, at[1:])}
-    report(done, args.out)
+    report(done, args.out, args.skip)
 
 
 if __name__ == "__main__":
