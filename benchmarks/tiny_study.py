@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import train
 
-MAIN = dict(bases=4, seeds=8)                          # the main table; intervals over the bases' means
+MAIN = dict(bases=8, seeds=8)                          # the main table; intervals over the bases' means
 SMALL = dict(bases=3, seeds=3)                         # ablations: sizes, not significance, are to be seen
 METHODS = ["sails", "lora", "full", "random", "random-features", "mean-diff", "raw-pca"]
 ALL = "q,k,v,o,gate,up,down"
@@ -61,6 +61,7 @@ def plan():
     out["budget"] = {f"{m}, {n}": [c for c in cells(**SMALL, method=m, steps=n) if c["lr"] == grid(m)[0]] for n in (40, 80, 160, 320) for m in METHODS}
     for title, variants in ABLATIONS:
         out[title] = {label: cells(**SMALL, **settings) for label, settings in variants.items()}
+    out["all seven"] = {m: cells(bases=MAIN["bases"], seeds=3, method=m, **(dict() if m == "full" else dict(targets=ALL))) for m in METHODS}
     # half of the steps on sft first: the base never refuses in a dialogue, so there is no refusal that a reward could reinforce
     for objective, beta in (("dpo", 0.1), ("rloo", 0.02)):
         out[objective] = {m: cells(bases=3, seeds=8, method=m, objective=objective, sft_steps=40, beta=beta) for m in ("sails", "lora", "full")}
@@ -72,15 +73,55 @@ def show(x, digits=3):
     return f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
+# what a small table tells, as title: number of a run
+SHOWN = {"OOD safe": lambda r: r["ood"]["safe"], "over-refusal": lambda r: r["ood"]["over"], "balance": train.balance,
+         "facts": lambda r: r["facts"], "commentary": lambda r: r["commentary"]}
+
+
 def small_table(variants):
     """An ablation as Markdown: tuned and gentle, intervals over seeds within these bases (too few bases for more)."""
-    lines = ["| variant | tuned: OOD safe | over-refusal | balance | facts | commentary | gentle: balance |", "| --- |" + " --- |" * 6]
+    lines = [f"| variant | tuned: {' | '.join(SHOWN)} | gentle: balance |", "| --- |" + " --- |" * 6]
     for label, rows in variants.items():
         tuned, gentle = (list(train.pick(rows, b).values()) for b in ("tuned", "gentle"))
         within = lambda f, rs: train.t_interval([[f(r) for r in rs]])
-        part = [show(within(f, tuned)) for f in (lambda r: r["ood"]["safe"], lambda r: r["ood"]["over"], train.balance, lambda r: r["facts"], lambda r: r["commentary"])]
-        lines.append(f"| {label} | {' | '.join(part)} | {show(within(train.balance, gentle))} |")
-    return lines
+        lines.append(f"| {label} | {' | '.join(show(within(f, tuned)) for f in SHOWN.values())} | {show(within(train.balance, gentle))} |")
+    return lines + ["", reading(variants)]
+
+
+def reading(variants):
+    """One sentence: what differs from what it is to be compared with, on the same base and seed, by more than its interval."""
+    first, said = next(iter(variants)), []
+    for label in list(variants)[1:]:
+        method, _, rest = label.partition(", ")
+        other = f"sails, {rest}" if method != "sails" and f"sails, {rest}" in variants else first
+        found = []
+        for budget, shown in (("tuned", SHOWN), ("gentle", {"balance": train.balance})):
+            a, b = ({(base, seed): r for (_, base, seed), r in train.pick(variants[x], budget).items()} for x in (label, other))
+            for name, f in shown.items():
+                mean, half = train.t_interval([[100 * (f(a[k]) - f(b[k])) for k in sorted(a)]])
+                if abs(mean) > half:
+                    found.append(f"{budget} {name} {mean:+.1f} ± {half:.1f}")
+        if found:
+            said.append(f"{label} against {other}: {', '.join(found)}")
+    return "In points, paired, where 0 is outside the interval (for one difference in twenty it is by chance): " + ("; ".join(said) or "nothing") + "."
+
+
+def pattern(done):
+    """The paper's pattern, asked of every variant of SAILS in the study: tuned means over its runs."""
+    full = float(np.mean([r["ood"]["safe"] for r in train.pick(done["main"]["full"], "tuned").values()]))
+    passed = {}
+    for section, variants in done.items():
+        for label, rows in variants.items():
+            if rows[0]["method"] == "sails" and section != "budget":
+                r = {name: float(np.mean([f(x) for x in train.pick(rows, "tuned").values()])) for name, f in SHOWN.items()}
+                passed[f"{section}: {label}"] = (r["OOD safe"] >= .99, r["over-refusal"] <= .02, min(r["facts"], r["commentary"]) >= .98, r["OOD safe"] >= full + .07)
+    asked = ("OOD safe at least .99", "over-refusal at most .02", "facts and commentary at least .98 (the base has 1)", f"OOD safe 7 points over full's {full:.3f}")
+    lines = ["## The paper's pattern", "", f"Of {len(passed)} tuned variants of SAILS, those whose means reach", ""]
+    for i, what in enumerate(asked):
+        names = [n for n, p in passed.items() if p[i]]
+        lines.append(f"- {what}: {len(names)}" + (f" ({'; '.join(names)})" if 0 < len(names) <= 12 else ""))
+    names = [n for n, p in passed.items() if all(p[:3])]
+    return lines + [f"- the first three at once: {len(names)}" + (f" ({'; '.join(names)})" if names else ""), ""]
 
 
 def budget_curve(done, path):
@@ -133,11 +174,14 @@ def report(done, out, skipped):
     if "budget" in done:
         lines += [f"## Budget curve: OOD safe / balance at the lowest learning rate ({SMALL['bases']} bases x {SMALL['seeds']} seeds)", "",
                   *budget_curve(done["budget"], Path("results/tiny_budget.png")), ""]
+    if "all seven" in done:
+        lines += [f"## Adapters on all seven projections ({MAIN['bases']} bases x 3 seeds)", "", *train.tables(sum(done["all seven"].values(), []), METHODS), ""]
     for objective in (o for o in ("dpo", "rloo") if o in done):
         lines += [f"## Objective {objective}, after 40 of the 80 steps on sft (3 bases x 8 seeds)", "", *train.tables(sum(done[objective].values(), []), list(done[objective])), ""]
     lines += [f"# Ablations of SAILS ({SMALL['bases']} bases x {SMALL['seeds']} seeds; intervals over all of these runs)", ""]
     for title in (t for t, _ in ABLATIONS if t in done):
         lines += [f"## {title}", "", *small_table(done[title]), ""]
+    lines += pattern(done)
     data.write_text("results/tiny_study.md", "\n".join(lines) + "\n")
 
 
