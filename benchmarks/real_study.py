@@ -330,7 +330,8 @@ def table(done, args, objective, base):
     level = max(min(x for x, _ in p) for p in points.values())
     lines = ["| method | learning rate | NLL of chosen, nats per token | less that of sails | sd over seeds | margin, nats per token | "
              + (f"margin at NLL {level:.3f} | " if objective == "sft" else "") + "prefers chosen, whole reply, % | per token, % | "
-             "parameters | CPU minutes | energy in SAILS's subspace: readers / writers |", "| --- |" + " --- |" * (11 if objective == "sft" else 10)]
+             "parameters | CPU minutes | update's energy in SAILS's subspace: readers / writers | overlap with its own start |",
+             "| --- |" + " --- |" * (12 if objective == "sft" else 11)]
     rows = [("base", base, None)] + [(m, tests[m], finals[m]) for m in args.methods]
     for m, t, cells in rows:
         runs = [done[key(c)] for c in cells] if cells else []
@@ -342,8 +343,7 @@ def table(done, args, objective, base):
         if objective == "sft":
             part.append(f"{margin_at(points[m], level):+.3f}" if cells else "-")
         part += [share(np.mean(t[:, 0] > t[:, 2]), len(t)), share(np.mean(t[:, 0] / t[:, 1] > t[:, 2] / t[:, 3]), len(t))]
-        inside = [np.mean([r["inside"][side] for r in runs]) for side in ("read", "write")] if runs else []
-        part += [f"{runs[0]['trained']:,}", f"{np.mean([r['train_seconds'] for r in runs]) / 60:.1f}", f"{inside[0]:.3f} / {inside[1]:.3f}"] if runs else ["-"] * 3
+        part += [f"{runs[0]['trained']:,}", f"{np.mean([r['train_seconds'] for r in runs]) / 60:.1f}", sides(runs, "inside"), sides(runs, "overlap")] if runs else ["-"] * 4
         lines.append(f"| {' | '.join(part)} |")
     lines += ["", verdict(gaps), "", "Replies to look-alikes:", "", "| method | refused, harmful, % | refused, harmless, % | difference | do not know, harmful / harmless | distinct, harmful / harmless |",
               "| --- |" + " --- |" * 5]
@@ -356,6 +356,11 @@ def table(done, args, objective, base):
         lines.append(f"| {m} | " + " | ".join(f"**{x:.4f}**{edge}" if x == min(losses) else f"{x:.4f}" for x in losses) + " |")
     same = [done[key(c)]["test"] == done[key(dict(c, seed=0, talk=True))]["test"] for c in (best(done, cells) for cells in grid.values())]
     return lines + ["", f"Each method's best cell was run twice (stages 2 and 3): all test scores equal in {sum(same)} of {len(same)}.", ""]
+
+
+def sides(runs, what):
+    """Means over runs of a number that readers and writers have each; plain LoRA has no start to overlap with."""
+    return " / ".join(f"{np.mean([r[what][side] for r in runs]):.3f}" for side in ("read", "write")) if runs[0][what] else "-"
 
 
 def verdict(gaps):
@@ -384,8 +389,7 @@ def variants_table(done, base):
         row, ref = tuned(cells), tuned(variant_cells()[f"sails, {LONG}"]) if LONG in name else plain
         t, r = np.array(row["test"]), np.array(ref["test"])
         gap = "-" if row is ref else "{:+.4f} ± {:.4f}".format(*per_token(r[:, 0] - t[:, 0], t[:, 1]))
-        kept = " / ".join(f"{row['overlap'][side]:.3f}" for side in ("read", "write")) if row["overlap"] else "-"
-        lines.append(f"| {name} | {row['lr']:g} | {row['validation_loss']:.4f} | {per_token(-t[:, 0], t[:, 1])[0]:.4f} | {gap} | {margins(t, base).mean():+.3f} | {kept} |")
+        lines.append(f"| {name} | {row['lr']:g} | {row['validation_loss']:.4f} | {per_token(-t[:, 0], t[:, 1])[0]:.4f} | {gap} | {margins(t, base).mean():+.3f} | {sides([row], 'overlap')} |")
     return lines
 
 

@@ -89,11 +89,17 @@ def small_table(variants):
 
 
 def reading(variants):
-    """One sentence: what differs from what it is to be compared with, on the same base and seed, by more than its interval."""
-    first, said = next(iter(variants)), []
-    for label in list(variants)[1:]:
+    """One sentence: what differs from what it is to be compared with, on the same base and seed, by more than its interval.
+
+    SAILS as it is by default is the measure of its variants, SAILS at the same level that of other methods.
+    """
+    plain = [label for label, rows in variants.items() if all(rows[0].get(k) == v for k, v in train.CELL.items() if k not in ("base", "seed", "lr"))]
+    usual, said = (plain or list(variants))[0], []
+    for label in variants:
         method, _, rest = label.partition(", ")
-        other = f"sails, {rest}" if method != "sails" and f"sails, {rest}" in variants else first
+        other = f"sails, {rest}" if method != "sails" and f"sails, {rest}" in variants else usual
+        if label == other:
+            continue
         found = []
         for budget, shown in (("tuned", SHOWN), ("gentle", {"balance": train.balance})):
             a, b = ({(base, seed): r for (_, base, seed), r in train.pick(variants[x], budget).items()} for x in (label, other))
@@ -103,7 +109,21 @@ def reading(variants):
                     found.append(f"{budget} {name} {mean:+.1f} ± {half:.1f}")
         if found:
             said.append(f"{label} against {other}: {', '.join(found)}")
-    return "In points, paired, where 0 is outside the interval (for one difference in twenty it is by chance): " + ("; ".join(said) or "nothing") + "."
+    return "Differs: " + ("; ".join(said) or "nothing") + "."
+
+
+def every_rate(variants):
+    """OOD balance of each method at each learning rate of its grid, low to high, and what SAILS has more at its own, in points."""
+    at = lambda m, i: {(m, r["base"], r["seed"]): r for r in variants[m] if r["lr"] == grid(m)[i]}
+    lines = ["| method | " + " | ".join(f"{name}: balance | sails less this" for name in ("low", "middle", "high")) + " |", "| --- |" + " --- |" * 6]
+    for m in variants:
+        part = []
+        for i, lr in enumerate(grid(m)):
+            both = {**at("sails", i), **at(m, i)}
+            part.append(f"{lr:g}: " + show(train.t_interval(train.grouped(both, m, train.balance))))
+            part.append("-" if m == "sails" else "{:+.1f} ± {:.1f}".format(*train.t_interval(train.paired(both, "sails", m, train.balance))))
+        lines.append(f"| {m} | {' | '.join(part)} |")
+    return lines
 
 
 def pattern(done):
@@ -171,6 +191,7 @@ def report(done, out, skipped):
         inside = [np.mean([r["harm_energy"] for r in every if r["base"] == b and r["method"] == m]) for m in METHODS if m not in ("lora", "full")]
         lines.append(f"| {b} | {t['probe_auc']:.3f} | {t['feature_auc']:.3f} | {t['feature_cosine']:.2f} | {t['sae']['fve']:.2f} | " + " | ".join(f"{x:.2f}" for x in inside) + " |")
     lines += ["", "Energy: share of the harm direction inside each method's start.", "", *train.tables(every, METHODS), ""]
+    lines += ["## Balance at every learning rate, nothing chosen", "", *every_rate(done["main"]), ""]
     if "budget" in done:
         lines += [f"## Budget curve: OOD safe / balance at the lowest learning rate ({SMALL['bases']} bases x {SMALL['seeds']} seeds)", "",
                   *budget_curve(done["budget"], Path("results/tiny_budget.png")), ""]
@@ -178,7 +199,8 @@ def report(done, out, skipped):
         lines += [f"## Adapters on all seven projections ({MAIN['bases']} bases x 3 seeds)", "", *train.tables(sum(done["all seven"].values(), []), METHODS), ""]
     for objective in (o for o in ("dpo", "rloo") if o in done):
         lines += [f"## Objective {objective}, after 40 of the 80 steps on sft (3 bases x 8 seeds)", "", *train.tables(sum(done[objective].values(), []), list(done[objective])), ""]
-    lines += [f"# Ablations of SAILS ({SMALL['bases']} bases x {SMALL['seeds']} seeds; intervals over all of these runs)", ""]
+    lines += [f"# Ablations of SAILS ({SMALL['bases']} bases x {SMALL['seeds']} seeds; intervals over all of these runs)", "",
+              "Below each table: paired differences, in points, whose interval leaves out 0. Of those without a cause one in twenty does so by chance.", ""]
     for title in (t for t, _ in ABLATIONS if t in done):
         lines += [f"## {title}", "", *small_table(done[title]), ""]
     lines += pattern(done)
