@@ -205,7 +205,7 @@ def mean_inputs(w):
 def run_cell(cell, args):
     """One alignment and all that is measured about it: a pure function of the cell and of what stage 1 left."""
     torch.set_num_threads(1)                           # two processes of one thread do more than one of two
-    args, began = SimpleNamespace(**args), time.process_time()
+    args, whole_began = SimpleNamespace(**args), time.process_time()
     w, out, s = opened(args.model, args.data, args.prompts), dict(cell), settings(args)
     stats, saes = found(str(args.out))
     vars(s).update(seed=cell["seed"], lr=cell["lr"], objective=cell["objective"], steps=cell["steps"], warmup=cell["steps"] // 10, beta=BETA, resume=False)
@@ -232,6 +232,7 @@ def run_cell(cell, args):
             out["whole_vocabulary"] = float(-full[:, 0].sum() / full[:, 1].sum())
     finally:
         lora.detach(w.model)
+    out["seconds"] = time.process_time() - whole_began
     return out
 
 
@@ -417,7 +418,7 @@ def stage1_lines(facts):
     return lines
 
 
-def report(done, args, facts, command, seconds):
+def report(done, args, facts, command):
     base = np.array(done[key(a_cell("base", talk=True))]["test"])
     lines = ["# A real small run", "", f"`{command}`", "",
              f"{facts['rows']['train']} short dialogues to train on ({STEPS} steps of {BATCH}), {facts['rows']['validate']} to choose learning rates, {facts['rows']['test']} to score, no first prompt "
@@ -428,7 +429,7 @@ def report(done, args, facts, command, seconds):
         lines += [f"## {objective.upper()}", "", *table(done, args, objective, base)]
     if args.variants:
         lines += ["## Variants of SAILS (SFT, seed 0)", "", *variants_table(done, base), ""]
-    lines += [f"Wall time of this call: {seconds / 60:.0f} minutes, {args.jobs} processes of one thread."]
+    lines += [f"Cost: stage 1 {facts['seconds'] / 60:.0f} minutes of two threads; {len(done)} runs, {sum(r['seconds'] for r in done.values()) / 3600:.1f} CPU hours."]
     data.write_text(args.results, "\n".join(lines) + "\n")
     data.write_text(args.features, (args.out / "features.md").read_text())
 
@@ -452,7 +453,6 @@ def main():
     if args.again is not None:
         return again(args)
     args.variants &= "sails" in args.methods and "sft" in args.objectives              # they are compared with that run
-    began = time.perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)
     facts = prepare(args)
     done = run_cells([a_cell("base", talk=True)], args)
@@ -463,7 +463,7 @@ def main():
     if args.variants:
         done = run_cells(sum(variant_cells().values(), []), args)
     shown = ["python", "benchmarks/real_study.py", *(a for a in sys.argv[1:])]
-    report(done, args, facts, shlex.join(shown), time.perf_counter() - began)
+    report(done, args, facts, shlex.join(shown))
     print(f"saved in {args.results}")
 
 
