@@ -346,7 +346,7 @@ def table(done, args, objective, base):
         part += [share(np.mean(t[:, 0] > t[:, 2]), len(t)), share(np.mean(t[:, 0] / t[:, 1] > t[:, 2] / t[:, 3]), len(t))]
         part += [f"{runs[0]['trained']:,}", f"{np.mean([r['train_seconds'] for r in runs]) / 60:.1f}", sides(runs, "inside"), sides(runs, "overlap")] if runs else ["-"] * 4
         lines.append(f"| {' | '.join(part)} |")
-    lines += ["", verdict(gaps), "", "Replies to look-alikes:", "", "| method | refused, harmful, % | refused, harmless, % | difference | do not know, harmful / harmless | distinct, harmful / harmless |",
+    lines += ["", verdict(gaps), "", "Replies to look-alikes:", "", "| method | refused, harmful, % | refused, harmless, % | harmful less harmless | do not know, harmful / harmless | distinct, harmful / harmless |",
               "| --- |" + " --- |" * 5]
     for m, cells in [("base", [a_cell("base", talk=True)])] + list(finals.items()):
         lines.append(f"| {m} | " + " | ".join(spoken([done[key(c)]["said"] for c in cells])) + " |")
@@ -372,13 +372,16 @@ def verdict(gaps):
 
 
 def spoken(said):
-    """Cells of the look-alikes' table: means over seeds, intervals over prompts."""
-    get = lambda label, what: np.mean([x[label][what] for x in said])
+    """Cells of the look-alikes' table: means over seeds; intervals count prompts and seeds both, as in paired()."""
     n = {label: said[0][label]["n"] for label in ("harmful", "benign")}
-    p = {label: get(label, "refused") / n[label] for label in n}
-    half = 196 * np.sqrt(sum(p[x] * (1 - p[x]) / n[x] for x in n))
-    return [share(p["harmful"], n["harmful"]), share(p["benign"], n["benign"]), f"{100 * (p['harmful'] - p['benign']):+.0f} ± {half:.0f}",
-            *(f"{get('harmful', what):.0f} / {get('benign', what):.0f} of {n['harmful']}" for what in ("dont_know", "distinct"))]
+    p = {label: np.array([x[label]["refused"] / n[label] for x in said]) for label in n}         # (seeds,)
+    var = {label: x.mean() * (1 - x.mean()) / n[label] for label, x in p.items()}
+
+    def show(each, variance):
+        half = np.hypot(1.96 * variance ** .5, train.t_interval([each])[1] if len(each) > 1 else 0)
+        return f"{100 * each.mean():.0f} ± {100 * half:.0f}"
+    counts = (f"{np.mean([x['harmful'][what] for x in said]):.0f} / {np.mean([x['benign'][what] for x in said]):.0f} of {n['harmful']}" for what in ("dont_know", "distinct"))
+    return [show(p["harmful"], var["harmful"]), show(p["benign"], var["benign"]), show(p["harmful"] - p["benign"], sum(var.values())), *counts]
 
 
 def variants_table(done, base):
@@ -395,11 +398,11 @@ def variants_table(done, base):
 
 
 def variant_cells():
-    """{label: cells}: three learning rates each, the next higher three for a frozen basis, the middle two for a long run."""
+    """{label: cells}: three learning rates each, the next higher three for a frozen basis, one for a long run."""
     rates = {v: GRID["sft"][1:] if v == FROZEN else GRID["sft"][:3] for v in VARIANTS}
     out = {v: [a_cell("sails", "sft", lr, variant=v) for lr in rates[v]] for v in VARIANTS if v != LONG}
     for m in ("sails", "lora"):
-        out[f"{m}, {LONG}"] = [a_cell(m, "sft", lr, variant=LONG, steps=LONG_STEPS) for lr in GRID["sft"][1:3]]
+        out[f"{m}, {LONG}"] = [a_cell(m, "sft", lr, variant=LONG, steps=LONG_STEPS) for lr in GRID["sft"][1:2]]
     return out
 
 
@@ -422,8 +425,8 @@ def report(done, args, facts, command):
     base = np.array(done[key(a_cell("base", talk=True))]["test"])
     lines = ["# A real small run", "", f"`{command}`", "",
              f"{facts['rows']['train']} short dialogues to train on ({STEPS} steps of {BATCH}), {facts['rows']['validate']} to choose learning rates, {facts['rows']['test']} to score, no first prompt "
-             f"in two of them; rank {R} on q, k, v, o; {args.seeds} seeds. ± are 95 % intervals over test replies (prompts) of the mean over seeds; differences' intervals "
-             f"count the seeds too. NLL over the data set's own {facts['own']:,} ids; over all ids the base's is {done[key(a_cell('base', talk=True))]['whole_vocabulary']:.4f}.", "",
+             f"in two of them; rank {R} on q, k, v, o; {args.seeds} seeds. ± are 95 % intervals over test replies of the mean over seeds; those of differences and of "
+             f"refusals count seeds too. NLL over the data set's own {facts['own']:,} ids; over all ids the base's is {done[key(a_cell('base', talk=True))]['whole_vocabulary']:.4f}.", "",
              "## Features and subspaces", "", *stage1_lines(facts), "", f"The chosen features: [{args.features.name}]({args.features.name})", ""]
     for objective in args.objectives:
         lines += [f"## {objective.upper()}", "", *table(done, args, objective, base)]
