@@ -105,8 +105,13 @@ def validation(now, then, objective):
     """What picks a learning rate, in nats: NLL of chosen replies per token, or the loss of DPO against `then`, the base's."""
     if objective == "sft":
         return float(-now[:, 0].sum() / now[:, 1].sum())
+    return float(dpo_losses(now, then).mean())
+
+
+def dpo_losses(now, then):
+    """DPO's loss of every row, from test scores (..., rows, 4) of the model and of the base."""
     gain = now - then
-    return float(np.logaddexp(0, -BETA * (gain[:, 0] - gain[:, 2])).mean())
+    return np.logaddexp(0, -BETA * (gain[..., 0] - gain[..., 2]))
 
 
 # ------------------------------------------------------------------------------------------------------------ stage 1
@@ -301,6 +306,12 @@ def paired(ours, theirs):
     return mean, float(np.hypot(half, train.t_interval([each])[1] if len(each) > 1 else 0))
 
 
+def over_rows_and_seeds(x):
+    """Mean of x (seeds, rows) and its 95 % half-width, counting rows and seeds both."""
+    rows = x.mean(0)
+    return rows.mean(), float(np.hypot(1.96 * rows.std(ddof=1) / len(rows) ** .5, train.t_interval([x.mean(1)])[1] if len(x) > 1 else 0))
+
+
 def share(p, n):
     """A share of n, as per cent with its 95 % half-width."""
     return f"{100 * p:.0f} ± {196 * np.sqrt(p * (1 - p) / n):.0f}"
@@ -330,9 +341,9 @@ def table(done, args, objective, base):
     points = {m: [(nll(base), 0.0)] + [(nll(test(c)), float(margins(test(c), base).mean())) for c in cells] for m, cells in grid.items()}
     level = max(min(x for x, _ in p) for p in points.values())
     lines = ["| method | learning rate | NLL of chosen, nats per token | less that of sails | sd over seeds | margin, nats per token | "
-             + (f"margin at NLL {level:.3f} | " if objective == "sft" else "") + "prefers chosen, whole reply, % | per token, % | "
+             + (f"margin at NLL {level:.3f} | " if objective == "sft" else "loss of DPO on test pairs | less that of sails | ") + "prefers chosen, whole reply, % | per token, % | "
              "parameters | CPU minutes | update's energy in SAILS's subspace: readers / writers | overlap with its own start |",
-             "| --- |" + " --- |" * (12 if objective == "sft" else 11)]
+             "| --- |" + " --- |" * (12 if objective == "sft" else 13)]
     rows = [("base", base, None)] + [(m, tests[m], finals[m]) for m in args.methods]
     for m, t, cells in rows:
         runs = [done[key(c)] for c in cells] if cells else []
@@ -343,6 +354,10 @@ def table(done, args, objective, base):
         part.append(f"{at.mean():+.3f} ± {1.96 * at.std(ddof=1) / len(at) ** .5:.3f}" if cells else "-")
         if objective == "sft":
             part.append(f"{margin_at(points[m], level):+.3f}" if cells else "-")
+        else:
+            losses = {x: dpo_losses(by_seed[x], base) for x in by_seed}
+            part += ["{:.4f} ± {:.4f}".format(*over_rows_and_seeds(losses[m])) if cells else f"{np.log(2):.4f}",
+                     "{:+.4f} ± {:.4f}".format(*over_rows_and_seeds(losses[m] - losses["sails"])) if cells and m != "sails" and "sails" in losses else "-"]
         part += [share(np.mean(t[:, 0] > t[:, 2]), len(t)), share(np.mean(t[:, 0] / t[:, 1] > t[:, 2] / t[:, 3]), len(t))]
         part += [f"{runs[0]['trained']:,}", f"{np.mean([r['train_seconds'] for r in runs]) / 60:.1f}", sides(runs, "inside"), sides(runs, "overlap")] if runs else ["-"] * 4
         lines.append(f"| {' | '.join(part)} |")
@@ -398,11 +413,10 @@ def variants_table(done, base):
 
 
 def variant_cells():
-    """{label: cells}: three learning rates each, the next higher three for a frozen basis, one for a long run."""
-    rates = {v: GRID["sft"][1:] if v == FROZEN else GRID["sft"][:3] for v in VARIANTS}
-    out = {v: [a_cell("sails", "sft", lr, variant=v) for lr in rates[v]] for v in VARIANTS if v != LONG}
+    """{label: cells}: SAILS's own best learning rate and the next higher one; a long run has one rate."""
+    out = {v: [a_cell("sails", "sft", lr, variant=v) for lr in GRID["sft"][1:3]] for v in VARIANTS if v != LONG}
     for m in ("sails", "lora"):
-        out[f"{m}, {LONG}"] = [a_cell(m, "sft", lr, variant=LONG, steps=LONG_STEPS) for lr in GRID["sft"][1:2]]
+        out[f"{m}, {LONG}"] = [a_cell(m, "sft", GRID["sft"][1], variant=LONG, steps=LONG_STEPS)]
     return out
 
 
