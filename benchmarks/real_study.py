@@ -469,6 +469,8 @@ def main():
     args.results, args.features = args.out / "real_study.md", args.out / "real_features.md"
     if args.again is not None:
         return again(args)
+    if not any(args.text.glob("**/*.txt")):
+        raise data.UserError(f"--text {args.text}: no .txt file in it")
     args.variants &= "sails" in args.methods and "sft" in args.objectives              # they are compared with that run
     args.out.mkdir(parents=True, exist_ok=True)
     facts = prepare(args)

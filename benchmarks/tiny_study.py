@@ -93,7 +93,7 @@ def reading(variants):
 
     SAILS as it is by default is the measure of its variants, SAILS at the same level that of other methods.
     """
-    plain = [label for label, rows in variants.items() if all(rows[0].get(k) == v for k, v in train.CELL.items() if k not in ("base", "seed", "lr"))]
+    plain = [label for label, rows in variants.items() if all(rows[0].get(k, v) == v for k, v in train.CELL.items() if k not in ("base", "seed", "lr"))]
     usual, said = (plain or list(variants))[0], []
     for label in variants:
         method, _, rest = label.partition(", ")
