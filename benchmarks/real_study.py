@@ -400,7 +400,7 @@ def spoken(said):
 
 
 def variants_table(done, base):
-    """SAILS's variants, each at its own best rate, seed 0, less SAILS as it is (or plain LoRA, at 240 steps)."""
+    """SAILS's variants, each at its own best rate, seed 0, less SAILS as it is (long runs: less SAILS's long run)."""
     tuned = lambda cells: done[key(best(done, cells))]
     plain = tuned([a_cell("sails", "sft", lr) for lr in GRID["sft"]])
     lines = ["| variant | learning rate | validation loss | NLL of chosen | less that of SAILS as it is | margin, nats per token | overlap with its start: readers / writers |", "| --- |" + " --- |" * 6]

@@ -129,6 +129,11 @@ def every_rate(variants):
     return lines
 
 
+def unrefused(rows):
+    """How many of the rates picked by validation loss leave most of the harmful validation requests answered."""
+    return sum(r["validate"]["safe"] < .5 for r in train.pick(rows, "tuned").values())
+
+
 def pattern(done):
     """The paper's pattern, asked of every variant of SAILS in the study: tuned means over its runs."""
     full = float(np.mean([r["ood"]["safe"] for r in train.pick(done["main"]["full"], "tuned").values()]))
@@ -195,8 +200,8 @@ def report(done, out, skipped):
         lines.append(f"| {b} | {t['probe_auc']:.3f} | {t['feature_auc']:.3f} | {t['feature_cosine']:.2f} | {t['sae']['fve']:.2f} | " + " | ".join(f"{x:.2f}" for x in inside) + " |")
     lines += ["", "Energy: share of the harm direction inside each method's start.", "", *train.tables(every, METHODS), ""]
     lines += ["## Balance at every learning rate, and chosen by behaviour", "", *every_rate(done["main"]), "",
-              "The last two columns were added after the others were seen: `tuned` above goes by loss, and in some bases that picks a rate at which the model does not yet "
-              "refuse even what it is validated on.", ""]
+              f"The last two columns were added after the others were seen. `tuned` above goes by loss; so many of its {MAIN['bases'] * MAIN['seeds']} picks refuse less than half of the "
+              f"harmful requests they were validated on: {', '.join(f'{m} {unrefused(rows)}' for m, rows in done['main'].items())}.", ""]
     if "budget" in done:
         lines += [f"## Budget curve: OOD safe / balance at the lowest learning rate ({SMALL['bases']} bases x {SMALL['seeds']} seeds)", "",
                   *budget_curve(done["budget"], Path("results/tiny_budget.png")), ""]
