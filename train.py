@@ -942,16 +942,20 @@ def validation_loss(model, reference, rows, neutral, s, behaviour):
     return 1 - behaviour["balance"] + forgotten
 
 
-def run_cells(cells, worlds, path, jobs):
-    """Run the cells that are not in the file yet, in `jobs` processes; a finished cell is one line. Returns all asked for."""
-    done = {cell_key(row): row for row in evaluation.resume_lines(Path(path))}
-    todo = [c for c in cells if cell_key(c) not in done]
+def run_cells(cells, worlds, path, jobs, run=None, key=None):
+    """Run the cells that are not in the file yet, in `jobs` processes; a finished cell is one line. Returns all asked for.
+
+    run(cell, worlds) and key(cell) are the tiny world's unless another study brings its own.
+    """
+    run, key = run or run_cell, key or cell_key
+    done = {key(row): row for row in evaluation.resume_lines(Path(path))}
+    todo = [c for c in cells if key(c) not in done]
     with open(path, "a") as f, ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        results = pool.map(run_cell, todo, [str(worlds)] * len(todo)) if jobs > 1 else map(run_cell, todo, [str(worlds)] * len(todo))
+        results = (pool.map if jobs > 1 else map)(run, todo, [worlds] * len(todo))
         for row in data.progress(results, total=len(todo), desc="alignments", disable=None):
             f.write(json.dumps(row) + "\n"), f.flush()
-            done[cell_key(row)] = row
-    return [done[cell_key(c)] for c in cells]
+            done[key(row)] = row
+    return [done[key(c)] for c in cells]
 
 
 def cell_key(cell):

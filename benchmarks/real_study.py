@@ -20,8 +20,6 @@ import re
 import shlex
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -257,16 +255,10 @@ def a_cell(method, objective="sft", lr=0.0, seed=0, variant="", steps=STEPS, tal
 
 
 def run_cells(cells, args):
-    """Run what is not in cells.jsonl yet, in --jobs processes -> {key: row} of all that is there."""
+    """Run what is not in cells.jsonl yet -> {key: row} of all that is there."""
     path = args.out / "cells.jsonl"
-    done = {key(row): row for row in evaluation.resume_lines(path)}
-    todo = [c for c in cells if key(c) not in done]
-    with open(path, "a") as f, ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
-        results = pool.map(run_cell, todo, [vars(args)] * len(todo))
-        for row in data.progress(results, total=len(todo), desc="alignments"):
-            f.write(json.dumps(row) + "\n"), f.flush()
-            done[key(row)] = row
-    return done
+    train.run_cells(cells, vars(args), path, args.jobs, run_cell, key)
+    return {key(row): row for row in evaluation.resume_lines(path)}
 
 
 def key(cell):
