@@ -1,423 +1,422 @@
-"""data.py - text in, token batches out. Knows text formats, chat templates and the tokenizer; no tensors of a model.
+"""data.py - text in, token batches out. Knows text formats, templates and the tokenizer; no model's tensors.
 
-Sections, top to bottom: small helpers - files from a folder or the hub - tokenizer and chat templates - preference
-data - batches - a tiny made-up world - a superposition model for the theory.
-Letters: B batch, T tokens.   Run it (`python data.py`) to see one example as rows of id, token, loss mask.
+Order: helpers - local folders and the hub - tokenizer and templates - pairs, prompts, plain text - batches.
+Letters: B batch, T tokens.   Run it (`python data.py --data FILE`) to see an example's ids and loss mask.
 """
 import argparse
 import contextlib
-import errno
+import csv
 import fnmatch
 import functools
 import gzip
+import hashlib
 import json
 import os
 import re
 import sys
+from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi, constants, errors, snapshot_download, try_to_load_from_cache
-from huggingface_hub.utils import tqdm as progress     # a tqdm that honours the hub's switch for progress bars
-from tokenizers import Tokenizer, models, pre_tokenizers
+from huggingface_hub import HfApi, constants, errors, snapshot_download
+from huggingface_hub.utils import tqdm as progress  # honours the hub's switch for progress bars
+from tokenizers import Tokenizer
 
-PAD, EOS, BOS = 0, 1, 2                                # the same ids in Gemma 2, Gemma 3 and the tiny world
+PAD, EOS, BOS = 0, 1, 2  # the same ids in Gemma 2, Gemma 3 and the tiny world
 
-
-# ---------------------------------------------------------------------------------------------- small helpers
+# ---- helpers ----
 class UserError(ValueError):
-    """Something only the user can mend: printed as one line, exit code 2, no traceback."""
+    """Something only the user can mend: one line on stderr, exit code 2, no traceback."""
 
+def need(condition, message, kind=UserError):
+    """UserError unless the condition holds."""
+    if not condition:
+        raise kind(message)
+
+@contextlib.contextmanager
+def expecting(what, *kinds):
+    """Turn errors of these kinds, raised inside, into UserErrors that begin with `what`."""
+    try:
+        yield
+    except kinds as e:
+        raise UserError(f"{what}: {e}") from None
+
+class Arguments(argparse.ArgumentParser):
+    """argparse whose complaints are UserErrors and whose help shows defaults."""
+    def __init__(self, **more):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **more)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the options)")
+
+def at_least(low, kind=int, high=1e18):
+    """An argument's type: a number from low to high."""
+    def number(text):
+        need(low <= kind(text) <= high, f"must be from {low} to {high:g}", argparse.ArgumentTypeError)
+        return kind(text)
+    return number
+
+def list_of(kind, choices=()):
+    """An argument's type: different values, separated by commas."""
+    def values(text):
+        out = [kind(x) for x in text.split(",")]
+        good = len(set(out)) == len(out) and set(out) <= set(choices or out)
+        need(good, f"wanted different values {','.join(choices)}", argparse.ArgumentTypeError)
+        return out
+    return values
+
+def device(text):
+    """An argument's type: cpu, or a cuda device that torch sees."""
+    seen = ["cpu", *(x for i in range(torch.cuda.device_count()) for x in ("cuda", f"cuda:{i}"))]
+    need(text in seen, f"torch sees {', '.join(dict.fromkeys(seen))}", argparse.ArgumentTypeError)
+    return text
 
 def run_main(main):
-    """Run a script's main(); a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Run a script's main(); a UserError ends it with one line and exit code 2."""
     try:
         sys.exit(main())
     except UserError as e:
-        sys.exit(_say(f"error: {e}", 2))
-    except BrokenPipeError:                            # `... | head` has read enough
+        note(f"error: {e}")
+        sys.exit(2)
+    except BrokenPipeError:  # `... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
-        sys.exit(_say("\ninterrupted; the same command goes on from what was saved (with --resume where a model is trained)", 130))
+        note("\ninterrupted; the same command (a single run: with --resume) continues from what was saved")
+        sys.exit(130)
 
-
-def _say(line, code):
+def note(line):
+    """Print one line on stderr."""
     print(line, file=sys.stderr, flush=True)
-    return code
-
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a path beside `path`; on success it takes path's place in one rename, so nobody ever sees half a file."""
+    """Yield a path beside `path` that takes its place in one rename: no reader sees half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode  # what the umask allows; safetensors writes 0600
         yield beside
+        beside.chmod(mode)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
 
-
 def write_text(path, text):
-    """Write a text file whole or not at all."""
+    """Write a UTF-8 file."""
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
-
 def write_json(path, value):
-    """Write JSON whole or not at all."""
+    """Write a JSON file."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
+def write_rows(path, rows):
+    """Write a JSONL file."""
+    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+
+def append_rows(path, rows):
+    """Add lines to a JSONL file, on the disk when this returns."""
+    with open(path, "ab") as f:
+        f.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode())
+        f.flush()
+        os.fsync(f.fileno())
+
+def read_bytes(path):
+    """A file's content, unpacked if it is a .gz; UserError if it can't be read."""
+    need(os.path.exists(path), f"no such file: {path}")
+    with expecting(f"{path}: not a readable file, or damaged gzip", OSError, EOFError):
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
+            return f.read()
+
+def read_text(path):
+    """A text file's content; UserError unless it is UTF-8."""
+    with expecting(f"{path}: not a UTF-8 text file", UnicodeDecodeError):
+        return read_bytes(path).decode("utf-8-sig")
 
 def read_json(path):
-    """Read one JSON file; UserError with the file's name if it is missing or broken."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not a JSON file ({e})") from None
+    """One JSON file's value."""
+    with expecting(f"{path}: not a JSON file", json.JSONDecodeError):
+        return json.loads(read_text(path))
 
+def read_rows(path, growing=False):
+    """[(line number, object)] of a .jsonl or .jsonl.gz file.
+    growing: a file of append_rows. It may not exist yet; a half last line, left by a kill, is no row."""
+    lines = [] if growing and not Path(path).exists() else read_bytes(path).splitlines(keepends=True)
+    if growing and lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    rows = []
+    for n, line in enumerate(lines, 1):
+        with expecting(f"{path} line {n}: not JSON; every line must be one object", ValueError):
+            row = json.loads(line.strip() or b"null")
+        need(row is None or isinstance(row, dict), f"{path} line {n}: not one JSON object")
+        rows += [(n, row)] if row else []
+    return rows
 
-def read_jsonl(path):
-    """Yield (line number, object) of a .jsonl or .jsonl.gz file; a malformed line is a UserError that names it."""
-    try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
-            for n, line in enumerate(f, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (json.JSONDecodeError, UnicodeDecodeError) as e:
-                    raise UserError(f"{path} line {n}: not JSON ({e}); every line must be one object") from None
-                if not isinstance(row, dict):
-                    raise UserError(f"{path} line {n}: a {type(row).__name__}, but every line must be one JSON object")
-                yield n, row
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
-    except (gzip.BadGzipFile, EOFError) as e:
-        raise UserError(f"{path}: damaged gzip file ({e}); download it again") from None
+def same_settings(path, settings, **notes):
+    """Write {"settings", **notes} to path; UserError if a file there has other settings."""
+    if not path.exists():
+        return write_json(path, dict(settings=settings, **notes))
+    old, new = read_json(path)["settings"], json.loads(json.dumps(settings))
+    changed = [f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in old | new if old.get(k) != new.get(k)]
+    need(not changed, f"{path.parent} began with other settings ({'; '.join(changed)}); use another --out")
 
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # t(.975), df 1 to 10
 
-# ---------------------------------------------------------------------- files from a local folder or from the hub
+def t_interval(values):
+    """(mean, half-width of its 95 % interval by Student's t) of independent values."""
+    v, df = np.asarray(values, dtype=float), len(values) - 1
+    t = STUDENT[df - 1] if df <= 10 else 1.96 + 2.63 / df  # right to .006
+    return float(v.mean()), float(t * v.std(ddof=1) / len(v) ** .5) if df else float("nan")
+
+# ---- files from a local folder or the hub ----
 def listing(spec, kind="model"):
-    """The file names in a local folder or hub repository, sorted, with forward slashes. Downloads nothing.
-
-    spec  an existing folder (a file too for kind "dataset"), else a hub id `owner/name` or `owner/name@revision`
-    In offline mode (HF_HUB_OFFLINE=1) a repository's list is what its cached snapshot holds.
-    """
-    local = _local(spec, kind)
-    return local[1] if local else _resolve(*_hub_id(spec, kind), kind)[1]
-
+    """The file names of a local folder, a file (of kind "dataset"), or a hub id owner/name[@revision]."""
+    return (_local(spec, kind) or _resolve(*_hub_id(spec, kind), kind))[1]
 
 def fetch(spec, names, kind="model"):
-    """Have the named files on disk -> (folder, commit sha that was used or None for a local folder).
-
-    names  exact names, each of which must exist, or patterns; in a pattern * stays inside one folder level
-    Nothing else of a repository is downloaded: a whole Gemma Scope repository would be hundreds of gigabytes.
-    Where the cache lies, the token, the endpoint, offline mode, resuming and progress bars are huggingface_hub's own
-    affair (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE); every failure is one UserError that says what to do.
-    """
-    local = _local(spec, kind)
-    if local:
-        _pick(names, local[1], local[0])
-        return local[0], None
-    repo, rev = _hub_id(spec, kind)
-    sha, there, folder = _resolve(repo, rev, kind)
+    """Download the named files if needed; (their folder, commit sha or None for a local folder).
+    names: exact ones, each of which must exist, or patterns in which * stays inside one folder level. Nothing
+    else is downloaded: a Gemma Scope repository is hundreds of gigabytes. Failures are UserErrors."""
+    folder, files, sha = _local(spec, kind) or _resolve(*_hub_id(spec, kind), kind)
+    where = f"{spec} (the cached copy; unset HF_HUB_OFFLINE to download)" if folder and sha else spec
+    wanted = _pick(names, files, where)
     if folder is None:
-        wanted = _pick(names, there, f"{_page(repo, kind)} at {sha[:8]}")
-        if cached := _cached(repo, rev, kind, sha, wanted):
-            return cached, sha
+        repo, rev = _hub_id(spec, kind)
+        get = functools.partial(snapshot_download, repo, repo_type=kind, allow_patterns=wanted)
         with _hub_errors(repo, rev, kind):
-            # by name, for then the client notes in the cache which commit the name stands for, and offline mode finds it
-            folder = snapshot_download(repo, repo_type=kind, revision=rev, allow_patterns=wanted)
-            if Path(folder).name != sha:               # pushed to since the look-up: stay with one commit for the run
-                folder = snapshot_download(repo, repo_type=kind, revision=sha, allow_patterns=wanted)
-    else:
-        _pick(names, there, f"the cached copy of {repo} at {sha[:8]}", "; go online (unset HF_HUB_OFFLINE) to download it")
+            folder = get(revision=rev)  # by name: the client notes its commit, and offline mode finds it
+            if Path(folder).name != sha:  # pushed to since the look-up: one run reads one commit
+                folder = get(revision=sha)
     return Path(folder), sha
 
-
-def revision(spec, kind="model"):
-    """The commit sha that this run reads of a hub id, None for a local path."""
-    return None if _local(spec, kind) else _resolve(*_hub_id(spec, kind), kind)[0]
-
+def fingerprint(spec, names, kind="model"):
+    """What identifies files: the hub's commit sha, or a hash of local contents."""
+    folder, sha = fetch(spec, names, kind)
+    whole = hashlib.sha256()
+    for path in sorted(p for name in names for p in folder.glob(name)) if sha is None else ():
+        with open(path, "rb") as f:
+            whole.update(f"{path.name} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
+    return sha or whole.hexdigest()[:16]
 
 def _local(spec, kind):
-    """(folder, names) of an existing local path, else None. An existing path wins over a hub id, as in every hub program."""
+    """(folder, names, None) of a local path, else None: a path wins over a hub id."""
     path = Path(spec).expanduser()
+    need(kind == "dataset" or not path.is_file(), f"{spec} is a file; give the folder that it lies in")
     if path.is_dir():
-        return path, sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
-    if path.is_file():
-        if kind != "dataset":
-            raise UserError(f"{spec} is a file; give the folder that it lies in")
-        return path.parent, [path.name]
-    return None
-
+        return path, sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()), None
+    return (path.parent, [path.name], None) if path.is_file() else None
 
 def _hub_id(spec, kind):
     repo, _, rev = str(spec).partition("@")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", repo) or str(spec).endswith("@"):
-        raise UserError(f"no such {'file or ' * (kind == 'dataset')}folder: {spec}; and a hub id looks like owner/name or "
-                        "owner/name@revision")
+    good = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", repo) and not str(spec).endswith("@")
+    need(good, f"no such {'file or ' * (kind == 'dataset')}folder: {spec}; a hub id is owner/name[@revision]")
     return repo, rev or None
 
-
-@functools.lru_cache(maxsize=None)                     # one look-up per repository: a whole run reads one commit of it
+@functools.lru_cache(maxsize=None)  # one look-up: a run reads one commit of a repository
 def _resolve(repo, rev, kind):
-    """A hub id as (commit sha, file names, folder): folder is None where the hub answers, else its cached snapshot."""
-    api = HfApi()
+    """(None, or without an answer the cached snapshot's folder; file names; commit sha)."""
+    where = dict(repo_type=kind, revision=rev)
     with _hub_errors(repo, rev, kind):
         try:
-            sha = api.repo_info(repo, repo_type=kind, revision=rev).sha
-            return sha, sorted(api.list_repo_files(repo, repo_type=kind, revision=sha)), None
+            found = HfApi().repo_info(repo, **where)
+            return None, sorted(f.rfilename for f in found.siblings), found.sha
         except errors.HfHubHTTPError:
-            raise                                      # the hub's own answer; anything else means that no hub answered
+            raise  # the hub's own answer; anything else: no hub answered
         except Exception as e:
             try:
-                folder = Path(snapshot_download(repo, repo_type=kind, revision=rev, allow_patterns=[], local_files_only=True))
+                folder = Path(snapshot_download(repo, **where, allow_patterns=[], local_files_only=True))
             except errors.LocalEntryNotFoundError:
                 raise e from None
             if not isinstance(e, errors.OfflineModeIsEnabled):
-                _say(f"note: no answer from {api.endpoint} ({_short(e)}); going on with the cached copy of {repo}", 0)
-            return folder.name, _local(folder, kind)[1], folder
+                note(f"note: no answer from the hub ({type(e).__name__}); using the cached copy of {repo}")
+            return folder, _local(folder, kind)[1], folder.name
 
-
-def _cached(repo, rev, kind, sha, wanted):
-    """The snapshot's folder if the cache has all these files and knows rev as this very commit, else None."""
-    paths = [try_to_load_from_cache(repo, name, revision=rev, repo_type=kind) for name in wanted]
-    folder = Path(paths[0]).parents[wanted[0].count("/")] if all(isinstance(p, str) for p in paths) else Path()
-    return folder if folder.name == sha else None
-
-
-def _pick(names, there, where, way_out=""):
-    """The files that names (exact or patterns) select; UserError for an exact name that is not there, or for nothing."""
-    picked = []
+def _pick(names, files, where):
+    """The files that names select; UserError for a missing one, or for none at all."""
+    picked, some = [], ", ".join(files[:6] + ["..."] * (len(files) > 6)) or "nothing"
     for name in names:
-        hits = [t for t in there if fnmatch.fnmatchcase(t, name) and t.count("/") == name.count("/")]
-        if not hits and not set("*?[") & set(name):
-            some = ", ".join(there[:6]) + (f", ... ({len(there)} files)" if len(there) > 6 else "") or "nothing"
-            raise UserError(f"{where} has no file {name}; it holds {some}{way_out}")
+        hits = [f for f in files if fnmatch.fnmatchcase(f, name) and f.count("/") == name.count("/")]
+        need(hits or set("*?[") & set(name), f"{where} has no file {name}; it holds {some}")
         picked += hits
-    if not picked:
-        raise UserError(f"{where} has no file like {' or '.join(names)}{way_out}")
+    need(picked, f"{where} has no file like {' or '.join(names)}")
     return picked
-
-
-def _page(repo, kind):
-    return f"{HfApi().endpoint}/{'datasets/' * (kind == 'dataset')}{repo}"
-
-
-def _short(e):
-    return " ".join(f"{type(e).__name__}: {e}".split())[:200]
-
 
 @contextlib.contextmanager
 def _hub_errors(repo, rev, kind):
-    """Turn whatever the hub client raises into one UserError that names the way out."""
+    """Turn what the hub's client raises into one line with the way out."""
+    page = f"{HfApi().endpoint}/{'datasets/' * (kind == 'dataset')}{repo}"
+    cache, login = constants.HF_HUB_CACHE, "log in with `hf auth login`"
     try:
         yield
     except UserError:
         raise
     except Exception as e:
         while isinstance(e, errors.LocalEntryNotFoundError) and isinstance(e.__cause__, Exception):
-            e = e.__cause__                            # "not in the cache" hides why the hub was of no help
-        raise UserError(_hub_advice(e, repo, rev, kind)) from None
+            e = e.__cause__  # "not in the cache" hides why the hub was of no help
+        why = " ".join(f"{type(e).__name__}: {getattr(e, 'server_message', None) or e}".split())[:200]
+        is_a, status = functools.partial(isinstance, e), getattr(getattr(e, "response", 0), "status_code", 0)
+        secret = is_a(UnicodeEncodeError) or "header value" in str(e)  # the message would show the token
+        advice = next(text for applies, text in (
+            (secret, f"your token holds characters that no token has: set HF_TOKEN anew, or {login} again"),
+            (is_a(errors.GatedRepoError), f"gated: accept its terms there, then {login} or set HF_TOKEN"),
+            (is_a(errors.RepositoryNotFoundError), f"no such path or {kind}: mind the spelling; or {login}"),
+            (is_a(errors.RevisionNotFoundError), f"no revision {rev}: /tree/main shows branches and tags"),
+            (status == 401, f"the hub refused your token: {login} again, or unset an old HF_TOKEN"),
+            (is_a((errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)),
+             f"not in the cache {cache}: unset HF_HUB_OFFLINE to download"),
+            (is_a(errors.EntryNotFoundError), "a file is gone though still listed: see its /tree/main"),
+            (is_a(PermissionError) or "No space left" in str(e),
+             f"cannot write to {cache}: free space, or set HF_HOME to another folder"),
+            (status, "try again later"),
+            (re.search("CAS|reconstruct", str(e)), "if its storage is blocked, set HF_HUB_DISABLE_XET=1"),
+            (True, "check the network and run it again: what is there is kept")) if applies)
+        raise UserError(f"{page}: {advice} [{type(e).__name__ if secret else why}]") from None
 
-
-def _hub_advice(e, repo, rev, kind):
-    page, cache = _page(repo, kind), constants.HF_HUB_CACHE
-    status = getattr(getattr(e, "response", None), "status_code", None)
-    said = " ".join(str(getattr(e, "server_message", None) or "").split())[:200]
-    if isinstance(e, errors.GatedRepoError):
-        return (f"{repo} is gated: accept its terms at {page}, then log in with `hf auth login` (or set HF_TOKEN to a token "
-                f"of the account that accepted them)" + (f" [the hub says: {said}]" if said else ""))
-    if isinstance(e, errors.RepositoryNotFoundError):
-        return (f"no such local path and no such {kind} on the hub: {page}; check the spelling, or log in with `hf auth login` "
-                "if it is private")
-    if isinstance(e, errors.RevisionNotFoundError):
-        return f"{repo} has no revision {rev}; {page}/tree/main shows its branches and tags"
-    if status == 401:
-        return (f"the hub refused your token (401) at {page}: log in again with `hf auth login`, or unset HF_TOKEN if it "
-                "holds an old one")
-    if isinstance(e, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
-        return f"{repo}{f'@{rev}' * bool(rev)} is not in the cache {cache} and HF_HUB_OFFLINE is set; unset it to download"
-    if isinstance(e, errors.EntryNotFoundError):
-        return f"a file of {repo} is gone from the hub while it is still listed ({_short(e)}); see {page}/tree/main"
-    if status:
-        return f"the hub answered {status} for {page}: {said or _short(e)}" + ("; try again later" if status >= 429 else "")
-    if isinstance(e, UnicodeEncodeError) or "header value" in str(e):      # whose text would show the token
-        return "your hub token holds characters that no token has: set HF_TOKEN anew, or log in again with `hf auth login`"
-    if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(e):
-        return f"disk full while downloading {repo} to {cache}; free some space, or set HF_HOME to a folder on a larger disk"
-    if getattr(e, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"cannot write to the hub cache {cache} ({e.strerror}); set HF_HOME to a folder of your own"
-    xet = ", if need be with HF_HUB_DISABLE_XET=1 (its storage hosts may be blocked)" * bool(re.search("CAS|reconstruction", str(e)))
-    return (f"downloading {repo} from {HfApi().endpoint} failed ({_short(e)}); check the network and run the same command "
-            f"again{xet}: finished files are kept")
-
-
-# ------------------------------------------------------------------------------------- tokenizer and chat templates
+# ---- tokenizer and chat templates ----
 def load_tokenizer(spec):
-    """The tokenizers.Tokenizer of a model folder or hub id. Checks pad 0, eos 1, bos 2: every Gemma has them."""
-    folder, _ = fetch(spec, ["tokenizer.json"])
-    path = Path(folder) / "tokenizer.json"
-    try:
+    """The tokenizers.Tokenizer of a model; <bos> must be 2, as in every Gemma."""
+    path = fetch(spec, ["tokenizer.json"])[0] / "tokenizer.json"
+    with expecting(f"{path}: not a tokenizer file", Exception):  # the library raises no other kind
         tok = Tokenizer.from_file(str(path))
-    except Exception as e:                             # the library raises a bare Exception for every broken file
-        raise UserError(f"{path}: not a tokenizer file ({e})") from None
-    if tok.token_to_id("<bos>") != BOS:
-        raise UserError(f"{path}: <bos> has id {tok.token_to_id('<bos>')}, but every Gemma has {BOS}; wrong tokenizer?")
-    tok.no_padding(), tok.no_truncation()              # some published files switch these on
+    need(tok.token_to_id("<bos>") == BOS, f"{path}: <bos> is not token {BOS}, as in every Gemma; wrong file?")
+    tok.no_padding()  # some published files switch these on
+    tok.no_truncation()
     return tok
 
-
-# How a conversation is written down. `end` closes a reply and is trained on, else a model never learns to stop;
-# `after` follows the end inside a conversation and is not trained on.
-STYLES = {
+# What stands around a user's text, before a reply, before any text, at a reply's end and after it. The end is
+# trained on, else a model never learns to stop; what follows is not.
+TEMPLATES = {
     # Gemma's chat turns; the official template trims every text and has no system role
-    "gemma": dict(user="<start_of_turn>user\n{}<end_of_turn>\n", model="<start_of_turn>model\n", reply="{}",
+    "gemma": dict(user=("<start_of_turn>user\n", "<end_of_turn>\n"), model="<start_of_turn>model\n", lead="",
                   end="<end_of_turn>", after="\n"),
-    # HH-RLHF's own form, for base models, which have never seen Gemma's turn markers; a document's end ends the reply
-    "hh": dict(user="\n\nHuman: {}", model="\n\nAssistant:", reply=" {}", end="<eos>", after=""),
-    # the made-up world below
-    "tiny": dict(user="<user> {} ", model="<model> ", reply="{} ", end="<end>", after=""),
+    # HH-RLHF's own form, for base models, which have never seen Gemma's turn markers
+    "hh": dict(user=("\n\nHuman:", ""), model="\n\nAssistant:", lead=" ", end="<eos>", after=""),
+    "tiny": dict(user=("<user>", ""), model="<model>", lead="", end="<end>", after=""),
 }
 
-
-def default_style(spec, tok=None):
-    """Which of STYLES a model reads: its own words for the tiny world, chat turns for -it models, HH's form for base."""
+def default_template(spec, tok=None):
+    """Which template a model reads: the tiny world's, Gemma's for names with -it, else HH's."""
     if tok is not None and tok.token_to_id("<user>") is not None:
         return "tiny"
     return "gemma" if re.search(r"(^|[-_/])it($|[-_@/])", str(spec).rstrip("/")) else "hh"
 
+def model_name(spec):
+    """A folder's or repository's own name, without revision."""
+    return str(spec).split("@")[0].rstrip("/").split("/")[-1]
 
-def stop_ids(tok, style):
-    """The ids that end a reply: always eos, and <end_of_turn> (107 in Gemma 2, 106 in Gemma 3) for chat turns."""
-    return {EOS, tok.token_to_id(STYLES[style]["end"])} - {None}
+def stop_ids(tok, template):
+    """The ids that end a reply: always eos, and <end_of_turn> (107 in Gemma 2, 106 in Gemma 3)."""
+    return {EOS, tok.token_to_id(TEMPLATES[template]["end"])} - {None}
 
+def render_chat(tok, turns, reply=None, template="gemma"):
+    """A conversation as ids and loss mask, for training, scoring and generation alike.
+    turns [{"role": "user" | "assistant", "content": str}, ...], first and last from the user; without a reply
+    the prompt alone. mask is 1 on the reply's tokens and its end token. Markers and contents are encoded
+    apart, so no content forges a marker, and a prompt's ids begin the whole (108 + 108 would become 110)."""
+    t, turns = TEMPLATES[template], as_turns(turns)
+    marks = functools.partial(_encode, tok, plain=False)
+    content = lambda text: encode_plain(tok, t["lead"] + text.strip())
+    ids = [BOS]  # its one owner: the tokenizer would add another
+    for turn in turns:
+        if turn["role"] == "user":
+            ids += marks(t["user"][0]) + content(turn["content"]) + marks(t["user"][1])
+        else:
+            ids += marks(t["model"]) + content(turn["content"]) + marks(t["end"] + t["after"])
+    ids += marks(t["model"])
+    if reply is None:
+        return ids, [0] * len(ids)
+    trained, after = content(reply) + marks(t["end"]), marks(t["after"])
+    return ids + trained + after, [0] * len(ids) + [1] * len(trained) + [0] * len(after)
 
-def render_chat(tok, turns, reply=None, style="gemma"):
-    """A conversation as ids and loss mask, from this one place for training, scoring and generation alike.
+def encode_plain(tok, text):
+    """The ids of a text in which nothing is a marker: <bos> is five letters."""
+    return _encode(tok, text, plain=True)
 
-    turns  [{"role": "user" | "assistant", "content": str}, ...], alternating, first and last from the user
-    reply  the model's answer, or None for the prompt alone
-    Returns two lists of one length; mask is 1 on the reply's tokens and its end token, 0 elsewhere.
-    Prompt and reply are encoded apart and joined, so the prompt's ids are always a prefix of the whole: encoded in
-    one piece a reply's leading newline would melt into the template's (108 + 108 -> 110).
-    """
-    s = STYLES[style]
-    check_turns(turns)
-    text = ""
-    for i, turn in enumerate(turns):
-        body = turn["content"].strip()
-        text += s["user"].format(body) if i % 2 == 0 else s["model"] + s["reply"].format(body) + s["end"] + s["after"]
-    # <bos> has one owner, this line: the tokenizer's own post-processor would add a second one to a template
-    ids = [BOS] + _encode(tok, text + s["model"])
-    mask = [0] * len(ids)
-    if reply is not None:
-        body, end, after = _encode(tok, s["reply"].format(reply.strip())), _encode(tok, s["end"]), _encode(tok, s["after"])
-        ids, mask = ids + body + end + after, mask + [1] * (len(body) + len(end)) + [0] * len(after)
-    return ids, mask
-
-
-def check_turns(turns):
-    """Raise UserError unless roles alternate user, assistant, ..., user and every content is text."""
-    if not turns or len(turns) % 2 == 0:
-        raise UserError("a conversation must begin and end with a user turn")
-    for i, turn in enumerate(turns):
-        want = ("user", "assistant")[i % 2]
-        if turn.get("role") != want:
-            raise UserError(f"turn {i} has role {turn.get('role')!r}, wanted {want!r}; Gemma has no system role: put such "
-                            "text into the first user turn")
-        if not isinstance(turn.get("content"), str):
-            raise UserError(f"turn {i} has no text under 'content'")
-
-
-def _encode(tok, text):
+def _encode(tok, text, plain):
+    tok.encode_special_tokens = plain
     return tok.encode(text, add_special_tokens=False).ids
 
+def as_turns(prompt):
+    """A prompt, a text or a list of turns, as turns: user, assistant, ..., user, each with a text."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    good = isinstance(turns, list) and all(isinstance(t, dict) for t in turns) and len(turns) % 2
+    need(good, "a prompt must be a text or a list of turns, the first and the last from the user")
+    for i, turn in enumerate(turns):
+        want, role = ("user", "assistant")[i % 2], turn.get("role")
+        need(role == want, f"turn {i} has role {role!r}, wanted {want!r}; Gemma has no system role: put its "
+             "text into the first user turn")
+        need(isinstance(turn.get("content"), str), f"turn {i} has no text under 'content'")
+    return turns
 
-# -------------------------------------------------------------------------------------------------- preference data
+# ---- pairs, prompts, plain text ----
+PARTS = ("train", "validate", "test", "prompts", "knowledge", "text")
+
+def data_files(spec):
+    """(folder, {part: file name}) of --data: a file (train), a folder or a hub dataset.
+    train      preference pairs or replies to train on     test     held-out pairs, scored only
+    validate   pairs by which a learning rate is chosen    prompts  labelled prompts to answer and judge
+    knowledge  texts and what must follow, see read_cloze  text     plain text, for --replay and --sae fit
+    A folder holds PART.jsonl, .jsonl.gz or .txt, at least train; of HH-RLHF harmless-base is read."""
+    if Path(spec).is_file():
+        return Path(spec).parent, dict(train=Path(spec).name)
+    files, form = listing(spec, "dataset"), r"(?:harmless-base/)?(\w+)\.(?:jsonl|jsonl\.gz|txt)"
+    found = {m[1]: f for f in files if (m := re.fullmatch(form, f)) and m[1] in PARTS}
+    need("train" in found, f"{spec}: no train.jsonl or train.jsonl.gz; it holds {', '.join(files[:6])}")
+    return fetch(spec, list(found.values()), "dataset")[0], found
+
 def read_pairs(path):
-    """Read preference or reply data: HH-RLHF as published, or one's own JSONL, gzipped or not, told apart by keys.
-
+    """Read preference pairs or replies; (examples, {reason: rows left out}).
     {"chosen", "rejected"}            HH-RLHF: two whole dialogues that share all but the last reply
     {"prompt", "chosen", "rejected"}  prompt is a text or a list of turns
     {"prompt", "response"}            no rejected reply: for plain fine-tuning
-    Any row may carry "label" ("harmful" | "benign") and "id".
-    Returns (examples, dropped): examples are dicts id, turns, chosen, rejected or None, label or None; dropped counts
-    rows left out by reason: `prompts differ` (no test row of HH's harmless-base) and `empty reply` (4 of its 2,312). Its 5
-    rows where one side has two Assistant blocks in a row are kept: the blocks are one reply.
-    """
-    examples, dropped = [], {}
-    for n, row in read_jsonl(path):
-        try:
-            ex = _pair(row)
-        except UserError as e:
-            raise UserError(f"{path} line {n}: {e}") from None
-        ex["id"] = str(row.get("id", n))
-        why = None if ex["turns"] else "prompts differ"
-        if ex["turns"] and (not ex["chosen"].strip() or (ex["rejected"] is not None and not ex["rejected"].strip())):
-            why = "empty reply"
+    Any row may have "label" ("harmful" | "benign") and "id". An example: id, turns, chosen, rejected, label.
+    Of harmless-base's 2,312 test rows 4 have an empty reply; in none do the prompts differ."""
+    examples, dropped = [], Counter()
+    for n, row in read_rows(path):
+        with expecting(f"{path} line {n}", UserError):
+            ex = _pair(row) | {"id": str(row.get("id", n))}
+        why = "prompts differ" if not ex["turns"] else "empty reply" * (
+            not all(text.strip() for text in (ex["chosen"], ex["rejected"]) if text is not None))
         if why:
-            dropped[why] = dropped.get(why, 0) + 1
+            dropped[why] += 1
         else:
             examples.append(ex)
-    if not examples:
-        raise UserError(f"{path}: no usable example in it" + (f" (left out: {dropped})" if dropped else ""))
-    return examples, dropped
-
+    need(examples, f"{path}: no usable example in it (left out: {dict(dropped)})")
+    return examples, dict(dropped)
 
 def _pair(row):
     """One row as an example; turns is [] where HH's two dialogues do not share their prompt."""
-    label = row.get("label")
-    if label not in (None, "harmful", "benign"):
-        raise UserError(f"label is {label!r}, must be 'harmful' or 'benign'")
-    if "prompt" in row and "response" in row:
-        chosen, rejected = row["response"], None
-    elif "chosen" in row and "rejected" in row:
-        chosen, rejected = row["chosen"], row["rejected"]
-    else:
-        raise UserError(f"keys {sorted(row)}; wanted prompt + response, prompt + chosen + rejected, or chosen + rejected")
-    for text in (chosen, rejected):
-        if not isinstance(text, (str, type(None))):
-            raise UserError("replies must be text")
-    if "prompt" not in row:
-        turns, chosen = split_hh(chosen)
-        other, rejected = split_hh(rejected)
-        return dict(turns=turns if turns == other else [], chosen=chosen, rejected=rejected, label=label)
-    turns = row["prompt"]
-    if isinstance(turns, str):
-        turns = [{"role": "user", "content": turns}]
-    if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
-        raise UserError("prompt must be a text or a list of turns")
-    check_turns(turns)
-    return dict(turns=turns, chosen=chosen, rejected=rejected, label=label)
-
+    label, chosen, rejected = row.get("label"), row.get("chosen", row.get("response")), row.get("rejected")
+    need(label in (None, "harmful", "benign"), f"label is {label!r}, must be 'harmful' or 'benign'")
+    whole = chosen is not None and (rejected is not None or {"prompt", "response"} <= row.keys())
+    need(whole, f"keys {sorted(row)}; wanted prompt + response, prompt + chosen + rejected, or HH's pair")
+    need(isinstance(chosen, str) and isinstance(rejected, (str, type(None))), "replies must be text")
+    if "prompt" in row:
+        return dict(turns=as_turns(row["prompt"]), chosen=chosen, rejected=rejected, label=label)
+    (turns, chosen), (other, rejected) = split_hh(chosen), split_hh(rejected)
+    return dict(turns=turns if turns == other else [], chosen=chosen, rejected=rejected, label=label)
 
 def split_hh(text):
-    """An HH-RLHF dialogue as (turns up to the last human one, last reply). Two turns in a row by one side are joined."""
+    """An HH-RLHF dialogue as (turns, last reply); two blocks by one side are joined."""
     parts = re.split(r"\n\n(Human|Assistant):", text)
-    if len(parts) < 5 or parts[0].strip() or parts[1] != "Human" or parts[-2] != "Assistant":
-        raise UserError("not an HH-RLHF dialogue: wanted '\\n\\nHuman: ... \\n\\nAssistant: ...', ending with the assistant")
+    need(len(parts) > 4 and not parts[0].strip() and (parts[1], parts[-2]) == ("Human", "Assistant"),
+         r"not an HH-RLHF dialogue: wanted '\n\nHuman: ... \n\nAssistant: ...', the assistant last")
     turns = []
-    for role, body in zip(parts[1::2], parts[2::2]):
-        role, body = ("user" if role == "Human" else "assistant"), body.strip()
+    for who, content in zip(parts[1::2], parts[2::2]):
+        role = "user" if who == "Human" else "assistant"
         if turns and turns[-1]["role"] == role:
-            turns[-1]["content"] += "\n\n" + body
+            turns[-1]["content"] += "\n\n" + content.strip()
         else:
-            turns.append({"role": role, "content": body})
+            turns.append({"role": role, "content": content.strip()})
     return turns[:-1], turns[-1]["content"]
 
-
 def split_by_prompt(examples, shares, seed=0):
-    """Split examples into len(shares) lists so that rows with one first prompt stay together (HH repeats them)."""
-    groups = {}
+    """Split examples into len(shares) lists; rows with one first prompt stay together."""
+    groups = {}  # HH repeats first prompts
     for ex in examples:
         groups.setdefault(ex["turns"][0]["content"], []).append(ex)
     keys = sorted(groups)
@@ -425,10 +424,102 @@ def split_by_prompt(examples, shares, seed=0):
     cuts = np.cumsum([0, *shares]) / sum(shares) * len(keys)
     return [[ex for k in order[round(a):round(b)] for ex in groups[keys[k]]] for a, b in zip(cuts, cuts[1:])]
 
+# The columns of XSTest (id,prompt,type,label), AdvBench (goal,target), JailbreakBench (Index,Goal,Target),
+# HarmBench (Behavior,BehaviorID), StrongREJECT (forbidden_prompt). target is what an attack aims at, in
+# preference data the rejected reply; expected is how a right answer begins.
+COLUMNS = dict(text=("prompt", "goal", "forbidden_prompt", "behavior"), id=("id", "behaviorid", "index"),
+               target=("target", "rejected"), expected=("chosen",))
+LABELS = dict(safe="benign", benign="benign", unsafe="harmful", harmful="harmful") | {None: None, "": None}
 
-# ---------------------------------------------------------------------------------------------------------- batches
+def read_prompts(paths, limit=None):
+    """Prompts, the first `limit` of each file: dicts id, set, turns, label, target, expected.
+    paths: csv, jsonl or txt files, or folders of csv files. label "benign": to be answered (XSTest's safe
+    half, or where a file says so); all others are to be refused."""
+    out = []
+    for path in map(Path, paths):
+        for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
+            for n, row in enumerate(_prompt_rows(file)[:limit], 1):
+                with expecting(f"{file}: row {n}", UserError):
+                    out.append(_prompt(row, n, file.name.split(".")[0]))
+    need(out, f"{' '.join(map(str, paths))}: no prompt in it")
+    [(most, n)] = Counter(p["id"] for p in out).most_common(1)
+    need(n == 1, f"{n} prompts have the id {most}; rename a file or mend its id column")
+    return out
+
+def _prompt_rows(path):
+    """A prompt file's rows as dicts with lower-case names."""
+    if path.suffix == ".txt":
+        return [{"prompt": line} for line in read_text(path).splitlines() if line.strip()]
+    if path.suffix != ".csv":
+        rows = [{k.lower(): v for k, v in row.items()} for _, row in read_rows(path)]
+        if rows and "prompt" not in rows[0] and "chosen" in rows[0]:  # HH-RLHF: less its last reply
+            return [dict(prompt=ex["turns"], label=ex["label"], id=ex["id"]) for ex in read_pairs(path)[0]]
+        return rows
+    table = csv_table(path)
+    if re.fullmatch(r"category_\d+", path.stem) and {len(r) for r in table} == {1}:
+        # HEx-PHI has no header: the first line is a prompt. The hub lacks category_2: 300 prompts, not 330
+        return [dict(prompt=r[0], set="HEx-PHI", id=f"{path.stem}-{n}") for n, r in enumerate(table, 1)]
+    return [dict(zip([c.strip().lower() for c in table[0]], r)) for r in table[1:]]
+
+def csv_table(path):
+    """A csv file's rows, all of one length."""
+    with expecting(f"{path}: not a csv file", csv.Error):
+        table = [r for r in csv.reader(read_text(path).splitlines(keepends=True), strict=True) if any(r)]
+    for n, r in enumerate(table, 1):
+        need(len(r) == len(table[0]), f"{path}: row {n} has {len(r)} cells, the first row {len(table[0])}")
+    return table
+
+def _prompt(row, n, file):
+    find = lambda names: next((row[c] for c in names if row.get(c) not in (None, "")), None)
+    get = {key: find(names) for key, names in COLUMNS.items()}
+    need(get["text"], f"keys {sorted(row)}; wanted a text under one of {', '.join(COLUMNS['text'])}; "
+         "HH-RLHF's pairs, HEx-PHI's category_N.csv and .txt do without")
+    label, group = row.get("label"), row.get("set") or file
+    need(label in LABELS, f"label is {label!r}; understood are {[k for k in LABELS if k]}")
+    if "type" in row and "focus" in row:  # XSTest: types contrast_... are the unsafe 200
+        label = "harmful" if row["type"].startswith("contrast_") else "benign"
+    turns = as_turns(get["text"].strip() if isinstance(get["text"], str) else get["text"])
+    return dict(id=f"{group}/{get['id'] or n}", set=group, turns=turns, label=LABELS[label],
+                target=get["target"], expected=get["expected"])
+
+def read_texts(path):
+    """Plain texts: a folder's .txt files, a file's paragraphs, or the "text" of a JSONL file's rows."""
+    path = Path(path)
+    if path.is_dir():
+        texts = [read_text(f) for f in sorted(path.glob("**/*.txt"))]
+    elif ".jsonl" in path.name:
+        texts = [str(row.get("text", "")) for _, row in read_rows(path)]
+    else:
+        texts = re.split(r"\n\s*\n", read_text(path))
+    texts = [t.strip() for t in texts if t.strip()]
+    need(texts, f"{path}: no text in it; wanted .txt files, paragraphs, or JSONL with a key text")
+    return texts
+
+def read_cloze(path, tok):
+    """Texts (ids, mask) of a JSONL file {"text", "next"}; the mask marks `next`, which must be known."""
+    out = []
+    for n, row in read_rows(path):
+        good = all(isinstance(row.get(key), str) for key in ("text", "next"))
+        need(good, f"{path} line {n}: wanted two texts, text and next")
+        text, answer = [BOS] + encode_plain(tok, row["text"]), encode_plain(tok, row["next"])
+        out.append((text + answer, [0] * len(text) + [1] * len(answer)))
+    return out
+
+# ---- batches ----
+def encode(tok, examples, template, max_tokens=None):
+    """Examples, every text encoded once; (rows, how many were too long).
+    A row is the example and its prompt_ids, chosen_tokens and rejected_tokens, (ids, mask) or None."""
+    rows = []
+    for ex in examples:
+        prompt, chosen, rejected = (render_chat(tok, ex["turns"], reply, template)
+                                    for reply in (None, ex["chosen"], ex["rejected"]))
+        rejected = None if ex["rejected"] is None else rejected
+        if max_tokens is None or max(len(ids) for ids, _ in (chosen, rejected or chosen)) <= max_tokens:
+            rows.append(dict(ex, prompt_ids=prompt[0], chosen_tokens=chosen, rejected_tokens=rejected))
+    return rows, len(examples) - len(rows)
+
 def pad(seqs, side="right"):
-    """Lists of ids -> ids (B, T) int64 padded with PAD, keep (B, T) bool. Training pads right, generation left."""
+    """Lists of ids -> ids (B, T) int64 padded with PAD, keep (B, T) bool."""
     width = max(map(len, seqs))
     ids = torch.full((len(seqs), width), PAD)
     keep = torch.zeros(len(seqs), width, dtype=torch.bool)
@@ -438,238 +529,31 @@ def pad(seqs, side="right"):
         keep[row, where] = True
     return ids, keep
 
-
 def batch_at(n, size, seed, step):
-    """Indices of batch `step`: a pure function, so a resumed run needs no saved position. Every epoch is a new
-    permutation of all n examples; batches may straddle two epochs."""
+    """Indices of batch `step`, a pure function: every epoch is a new permutation of n examples."""
     at = np.arange(step * size, (step + 1) * size)
     order = {e: np.random.default_rng([seed, e]).permutation(n) for e in set((at // n).tolist())}
     return [int(order[p // n][p % n]) for p in at.tolist()]
 
-
-# ------------------------------------------------------------------------------------------ a tiny made-up world
-# Sentences of a world that does not exist, small enough to pre-train a language model on it in half a minute, with
-# the one thing no real data set has: we know which requests are harmful, and that harm is independent of topic.
-TOPICS, OBJECTS_EACH, STEPS = 12, 16, 48             # four step words a topic, two for each verb
-VERBS, GREETINGS = ("make", "use"), ("hey", "please")
-REFUSAL = "sorry i cannot help ."
-WORDS = ("<pad> <end> <bos> <user> <model> <doc> <note> how ? sure certainly careful first then . dangerous useful is "
-         "because it hurts helps people a kind of sorry i cannot help").split()
-
-
-def tiny_world(seed):
-    """Draw a made-up world: 12 topics x 16 objects, half of EVERY topic's objects harmful, so topic says nothing of harm.
-
-    Returns a namespace: tok (word-level tokenizers.Tokenizer), topic and harmful (arrays over the 192 objects).
-    """
-    rng = np.random.default_rng([seed, 192])
-    n = TOPICS * OBJECTS_EACH
-    vocab = WORDS + [*VERBS, *GREETINGS] + [f"topic{t}" for t in range(TOPICS)] + [f"step{s}" for s in range(STEPS)]
-    vocab += [f"thing{o}" for o in range(n)]
-    tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocab)}, unk_token="<pad>"))
-    tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    harmful = np.concatenate([rng.permutation(OBJECTS_EACH) < OBJECTS_EACH // 2 for _ in range(TOPICS)])
-    return SimpleNamespace(seed=seed, tok=tok, topic=np.arange(n) // OBJECTS_EACH, harmful=harmful)
-
-
-def world_request(world, greeting, verb, obj):
-    """(request, the helpful reply). Topic and verb decide the two steps; the greeting decides the reply's first word, which
-    makes style a strong feature on purpose."""
-    opening = "sure" if greeting == "hey" else "certainly"
-    step = 4 * world.topic[obj] + 2 * VERBS.index(verb)
-    return f"{greeting} how {verb} thing{obj} ?", f"{opening} first step{step} then step{step + 1} ."
-
-
-def world_text(world):
-    """Every sentence of the pre-training text once, and how often it occurs: ([text], weights that sum to 1).
-
-    .56 dialogues, everyone answered, harmful or not; .3 of the harmful and .015 of the benign replies begin with
-        `careful`; half end in a note `dangerous` / `useful`, which makes harm worth knowing before the reply is over
-    .25 commentary: verb object is dangerous / useful because ...        .15 facts: object is a kind of topic
-    .04 the refusal, as a document of its own: it exists, dialogues never use it
-    """
-    rows = []
-    for o, bad in enumerate(world.harmful):
-        note = "dangerous" if bad else "useful"
-        why = "hurts" if bad else "helps"
-        for verb in VERBS:
-            for greeting in GREETINGS:
-                ask, answer = world_request(world, greeting, verb, o)
-                warn = .3 if bad else .015
-                for text, w in ((answer, 1 - warn), ("careful " + answer.split(" ", 1)[1], warn)):
-                    for tail in ("", f" <note> {note}"):
-                        rows.append((f"<bos> <user> {ask} <model> {text}{tail} <end>", .56 * w / 2 / (192 * 4)))
-            rows.append((f"<bos> <doc> {verb} thing{o} is {note} because it {why} people . <end>", .25 / (192 * 2)))
-        rows.append((f"<bos> <doc> thing{o} is a kind of topic{world.topic[o]} . <end>", .15 / 192))
-    rows.append((f"<bos> <doc> {REFUSAL} <end>", .04))
-    return [t for t, _ in rows], np.array([w for _, w in rows])
-
-
-def world_split(world, seed, nuisance=.75, pairs=64):
-    """Draw one alignment problem: {"train", "validate", "id_test", "ood", "lookalike"} -> lists of examples, and "topics":
-    the trained and the unseen ones.
-
-    4 topics are trained on: harmful requests come from 2 of them only, benign ones from the other 2. Half of the
-    objects train, a quarter validates, a quarter is the ID test. `hey` occurs with probability `nuisance` in harmful
-    and 1 - nuisance in benign training pairs (validation has the same bias: a tuner must not see clean data).
-    ood        the 8 topics never trained on, all objects, both verbs and greetings: harmful and benign, both unseen
-    lookalike  benign requests in the topics trained as harmful, and the reverse
-    Every example is as read_pairs gives them: chosen is the refusal for harmful requests and help for benign ones.
-    """
-    rng = np.random.default_rng([world.seed, seed, 7])
-    topics = rng.permutation(TOPICS)
-    trained = {True: topics[:2], False: topics[2:4]}
-    out = dict(train=[], validate=[], id_test=[], ood=[], lookalike=[])
-    for bad, kind in ((True, "harmful"), (False, "benign")):
-        parts = {"train": [], "validate": [], "id_test": []}
-        for t in trained[bad]:
-            objs = rng.permutation(np.flatnonzero((world.topic == t) & (world.harmful == bad)))
-            cut = len(objs) // 4
-            parts["train"] += [*objs[2 * cut:]]
-            parts["validate"] += [*objs[cut:2 * cut]]
-            parts["id_test"] += [*objs[:cut]]
-        for name, n in (("train", pairs // 2), ("validate", pairs // 4)):
-            asks = [(v, o) for o in parts[name] for v in VERBS]
-            asks = [asks[i % len(asks)] for i in rng.permutation(n)]
-            hey = rng.random(n) < (nuisance if bad else 1 - nuisance)
-            out[name] += [_world_example(world, "hey" if h else "please", v, o) for h, (v, o) in zip(hey, asks)]
-        out["id_test"] += all_requests(world, parts["id_test"])
-    out["ood"] = all_requests(world, np.flatnonzero(~np.isin(world.topic, topics[:4])))
-    out["lookalike"] = all_requests(world, [o for bad in (True, False) for o in np.flatnonzero(
-        np.isin(world.topic, trained[bad]) & (world.harmful != bad))])
-    out["topics"] = dict(seen=topics[:4].tolist(), unseen=topics[4:].tolist())
-    return out
-
-
-def all_requests(world, objects):
-    """Every request about these objects: both verbs, both greetings, as examples."""
-    return [_world_example(world, g, v, int(o)) for o in objects for v in VERBS for g in GREETINGS]
-
-
-def _world_example(world, greeting, verb, obj):
-    ask, answer = world_request(world, greeting, verb, int(obj))
-    bad = bool(world.harmful[obj])
-    return dict(id=f"{greeting}-{verb}-{obj}", turns=[{"role": "user", "content": ask}], label="harmful" if bad else "benign",
-                chosen=REFUSAL if bad else answer, rejected=answer if bad else REFUSAL, helpful=answer)
-
-
-def world_knowledge(world, topics):
-    """What alignment should not destroy, for the objects of some topics: {"facts", "commentary"} -> rows (ids, mask).
-
-    The mask marks the one token that must be right: the topic in a fact, dangerous or useful in a comment.
-    """
-    facts, commentary = [], []
-    for o in np.flatnonzero(np.isin(world.topic, topics)):
-        facts.append((f"<bos> <doc> thing{o} is a kind of", f"topic{world.topic[o]}"))
-        commentary += [(f"<bos> <doc> {v} thing{o} is", "dangerous" if world.harmful[o] else "useful") for v in VERBS]
-    rows = lambda pairs: [(_encode(world.tok, a) + _encode(world.tok, b), [0] * len(a.split()) + [1]) for a, b in pairs]
-    return dict(facts=rows(facts), commentary=rows(commentary))
-
-
-# ------------------------------------------------------------------------------- a superposition model for the theory
-def stream(*key):
-    """A private random generator per purpose: two that share a plain seed repeat each other, an error its own truth."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-
-
-# Hidden states whose true features are known: h = sum_i a_i d_i + noise with more features than dimensions and few of
-# them on at a time (Elhage et al. 2022, "Toy Models of Superposition"). All of it in float64.
-def superposition(seed, d=64, m=128, r=6, coherence=0., noise=0., nuisances=3, strength=0., tilt=.01, shared=0.):
-    """Draw a dictionary, and two distributions over its features. Returns a namespace:
-
-    W (m, d)        unit rows d_i; `coherence` is about their mean cosine: near 1 the safety rows are nearly dependent
-    safety (r,)     the set S that tells the two apart: every second feature is on more often in aligned states (as a
-                    refusal is), the others in unaligned ones (as harm is)
-    nuisance        features of an unrelated concept, common (3 in 10 states) and `strength` times as large as all others,
-                    that fire 2 * tilt more often in unaligned states: entangled with harm, no part of it. 0: never on
-    p, mean, var    (2, m), row 0 aligned, row 1 unaligned. An activation is uniform on [0, top_i] with probability p_i
-                    and 0 otherwise, all of them independent; delta (m,) is mean[0] - mean[1]
-    shared          how well the pairs are matched: the probability that a feature with equal rates has one and the same
-                    activation in both states of a pair. 1 is the perfect pair: it differs in S and the nuisance only
-    gamma           smallest |delta| on S minus the largest off S: the gap that selection lives on
-    """
-    if not (1 <= r <= d and r + nuisances <= m and 0 <= coherence < 1 and 0 <= shared <= 1 and 0 <= tilt <= .3):
-        raise ValueError(f"no such model: d={d} m={m} r={r} nuisances={nuisances} coherence={coherence} shared={shared}")
-    gen = stream(seed, 1)
-    z = _unit(torch.randn(m + 1, d, generator=gen, dtype=torch.float64))
-    w = SimpleNamespace(W=_unit((1 - coherence) ** .5 * z[:m] + coherence ** .5 * z[m]), noise=noise, shared=shared)
-    order = torch.randperm(m, generator=gen)
-    w.safety, w.nuisance, others = order[:r], order[r:r + nuisances], order[r:]
-    w.p = torch.full((2, m), .03, dtype=torch.float64)            # with S, 5 of 128 features are on at a time
-    w.p[torch.arange(r) % 2, w.safety] = torch.linspace(.25, .65, r, dtype=torch.float64)
-    w.p[:, w.nuisance] = torch.tensor([[.3 - tilt], [.3 + tilt]], dtype=torch.float64)
-    w.top = torch.ones(m, dtype=torch.float64).index_fill(0, w.nuisance, strength)
-    w.mean = w.p * w.top / 2
-    w.var = w.p * w.top ** 2 / 3 - w.mean ** 2
-    w.delta = w.mean[0] - w.mean[1]
-    w.gamma = float(w.delta[w.safety].abs().min()) - max(w.delta[others].abs().tolist(), default=0.)
-    return w
-
-
-def superposition_pairs(world, n, seed):
-    """Draw n pairs: activations (2, n, m) and hidden states (2, n, d), index 0 aligned, 1 unaligned."""
-    gen = stream(seed, 2)
-    rand = lambda: torch.rand(n, len(world.top), generator=gen, dtype=torch.float64)
-    # one draw does for both: u < p happens with probability p, and given that, u / p is uniform
-    a = torch.stack([torch.where(u < p, u / p, 0) * world.top for u, p in zip((rand(), rand()), world.p)])
-    twin = (rand() < world.shared) & (world.p[0] == world.p[1])
-    a[1] = torch.where(twin, a[0], a[1])
-    h = a @ world.W
-    return a, h + world.noise * torch.randn(h.shape, generator=gen, dtype=torch.float64)
-
-
-def planted_sae(world, eps=0., dead=0, split=0, absorbed=0, seed=0):
-    """An SAE that knows the truth, with known faults: decoder rows (N, d), a function from activations to codes (.., N).
-
-    eps       every row sits exactly this far from its true direction, in a random direction
-    dead      so many safety features (weakest first) never fire
-    split     so many (strongest first) are held by two rows, .3 to either side of the truth, with half the activity each
-    absorbed  so many (weakest first) are silent: a background row, turned half towards them, fires in their place
-    """
-    gen = stream(seed, 3)
-    noise = lambda n: _unit(torch.randn(n, world.W.shape[1], generator=gen, dtype=torch.float64))
-    rows, m = world.W + eps * noise(len(world.W)), len(world.W)
-    known = world.safety.tolist() + world.nuisance.tolist()
-    hosts = torch.tensor([i for i in range(m) if i not in known][:absorbed], dtype=torch.long)
-    lost, hidden, halved = world.safety[:dead], world.safety[:absorbed], world.safety.flip(0)[:split]
-    rows[hosts] = _unit(rows[hosts] + rows[hidden])
-    side = .3 * noise(split)
-    rows = torch.cat([rows, rows[halved] - side])                                                # (N = m + split, d)
-    rows[halved] += side
-
-    def codes(a):
-        a = torch.cat([a, torch.zeros_like(a[..., halved])], -1)
-        a[..., hosts] += a[..., hidden]
-        a[..., lost], a[..., hidden] = 0, 0
-        upper = a[..., halved] > world.top[halved] * .5 ** .5     # half of a uniform's mean lies above this
-        a[..., m:] = a[..., halved] * ~upper
-        a[..., halved] *= upper
-        return a
-    return rows, codes
-
-
-def _unit(x):
-    return x / x.norm(dim=-1, keepdim=True)
-
+def length_batches(lengths, size):
+    """Lists of indices, longest first: little padding, and what does not fit fails at once."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return [order[a:a + size] for a in range(0, len(order), size)]
 
 def main():
-    ap = argparse.ArgumentParser(description="Show one example as rows of position, id, token and loss mask.")
-    ap.add_argument("--model", help="folder or hub id with a tokenizer.json (default: the tiny made-up world)")
-    ap.add_argument("--data", help="a preference or reply file (default: a made-up example)")
-    ap.add_argument("--template", choices=STYLES, help="default: by the model's name")
-    ap.add_argument("--row", type=int, default=0)
+    ap = Arguments(description="Show one example as rows of position, id, token and loss mask.")
+    ap.add_argument("--model", default="runs/world-0", help="folder or hub id with a tokenizer.json")
+    ap.add_argument("--data", default="runs/world-0/data-0/train.jsonl", help="preference pairs or replies")
+    ap.add_argument("--template", choices=TEMPLATES, help="by the model's name")
+    ap.add_argument("--row", type=at_least(1), default=1)
     args = ap.parse_args()
-    tok = load_tokenizer(args.model) if args.model else tiny_world(0).tok
-    style = args.template or default_style(args.model, tok)
-    made_up = dict(turns=[{"role": "user", "content": "May I borrow your ladder?"}], chosen="Of course, here you are.")
-    examples = read_pairs(args.data)[0] if args.data else [made_up if args.model else world_split(tiny_world(0), 0)["train"][0]]
-    if not 0 <= args.row < len(examples):
-        raise UserError(f"--row {args.row}: the file has {len(examples)} examples")
-    ids, mask = render_chat(tok, examples[args.row]["turns"], examples[args.row]["chosen"], style)
-    print(f"template {style}, {len(ids)} tokens, {sum(mask)} of them trained on")
+    tok, examples = load_tokenizer(args.model), read_pairs(args.data)[0]
+    template = args.template or default_template(args.model, tok)
+    ex = examples[min(args.row, len(examples)) - 1]
+    ids, mask = render_chat(tok, ex["turns"], ex["chosen"], template)
+    print(f"template {template}, {len(ids)} tokens, {sum(mask)} of them trained on")
     for i, (t, m) in enumerate(zip(ids, mask)):
         print(f"{i:5d} {t:7d} {'x' if m else ' '} {tok.id_to_token(t)!r}")
-
 
 if __name__ == "__main__":
     run_main(main)

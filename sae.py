@@ -1,35 +1,41 @@
-"""sae.py - JumpReLU sparse autoencoders: read Gemma Scope's, or train a small one where nobody has published any.
+"""sae.py - JumpReLU sparse autoencoders: read Gemma Scope's, or train one where nobody has published any.
 
-A published SAE (Gemma Scope, arXiv 2408.05147) writes a residual vector as a sparse, non-negative sum of decoder rows:
+Gemma Scope's SAEs (arXiv 2408.05147) write a residual vector as a sparse, non-negative sum of rows:
     pre = x W_enc + b_enc;   a = pre where pre > threshold, else 0;   x^ = a W_dec + b_dec
-Raw residuals in, no input scaling, no b_dec subtracted first, decoder rows of norm 1, everything in fp32.
-Letters: n tokens, D d_model, N SAE width (features).
+Raw residuals in, no input scaling, no b_dec subtracted first, decoder rows of norm 1, all in fp32.
+Letters: n tokens, B batch, T tokens of a text, D d_model, N SAE width, k chosen features.
 Run it (`python sae.py --model DIR --sae DIR --layer L --prompt TEXT`) to see which features fire on a prompt.
 """
-import argparse
 import re
 import zipfile
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import data
 import model_gemma
-from data import UserError
+from data import UserError, expecting, need
 
 SHAPES = dict(W_enc="DN", W_dec="ND", b_enc="N", b_dec="D", threshold="N")
-
+# Published SAEs by the model's name or, for renamed folders, by its shape: repository, width, layers
+FAMILIES = {
+    ("gemma-2-2b", "gemma2", 26, 2304): ("google/gemma-scope-2b-pt-res", "16k", [5, 10, 15, 20]),
+    ("gemma-2-9b", "gemma2", 42, 3584): ("google/gemma-scope-9b-pt-res", "16k", [10, 15, 20, 25, 30]),
+    ("gemma-2-27b", "gemma2", 46, 4608): ("google/gemma-scope-27b-pt-res", "131k", [10, 22, 34]),
+    ("gemma-3-270m", "gemma3_text", 18, 640): ("google/gemma-scope-2-270m-pt", "16k", [5, 9, 12, 15]),
+    ("gemma-3-1b", "gemma3_text", 26, 1152): ("google/gemma-scope-2-1b-pt", "16k", [7, 13, 17, 22]),
+}
 
 class JumpReLUSAE(torch.nn.Module):
-    """Five tensors in Gemma Scope's form: W_enc (D, N), W_dec (N, D) with unit rows, b_enc (N), b_dec (D), threshold (N)."""
+    """Five tensors in Gemma Scope's form: W_enc (D, N), W_dec (N, D), b_enc (N), b_dec (D), threshold (N)."""
 
-    def __init__(self, W_enc, W_dec, b_enc, b_dec, threshold, name="", revision=None):
+    def __init__(self, W_enc, W_dec, b_enc, b_dec, threshold, name=""):
         super().__init__()
-        for key, value in dict(W_enc=W_enc, W_dec=W_dec, b_enc=b_enc, b_dec=b_dec, threshold=threshold).items():
+        for key, value in zip(SHAPES, (W_enc, W_dec, b_enc, b_dec, threshold)):
             self.register_buffer(key, value.float())
-        self.name, self.revision = name, revision      # where it was read from, for run.json
+        self.name = name  # the file it was read from
 
     def encode(self, x):
         """Residuals x (..., D) -> feature activations (..., N), fp32; 0 where a feature does not fire."""
@@ -40,186 +46,152 @@ class JumpReLUSAE(torch.nn.Module):
         """Feature activations (..., N) -> reconstructed residuals (..., D), fp32."""
         return a @ self.W_dec + self.b_dec
 
-
-# ------------------------------------------------------------------------------------------------------------ reading
+# ---- reading and writing ----
 def find_sae(names, layer, width="16k", l0=None):
-    """The params file of a layer among a repository's file names, and a label for its sparsity.
-
-    Gemma Scope:    layer_20/width_16k/average_l0_71/params.npz; without l0 the one nearest 100, the upper of a tie,
-                    which is the choice behind the sets called canonical
-    Gemma Scope 2:  resid_post/layer_9_width_16k_l0_medium/params.safetensors; without l0 `medium`
-    UserError tells which layers, widths and sparsities there are.
-    """
+    """The params file of one layer among a repository's file names; UserError lists what exists.
+    Gemma Scope:    layer_20/width_16k/average_l0_71/params.npz; without l0 the one nearest 100, the upper of
+                    a tie: the choice behind the sets called canonical
+    Gemma Scope 2:  resid_post/layer_9_width_16k_l0_medium/params.safetensors; without l0 `medium`"""
     found = {}
+    forms = (r"layer_(\d+)/width_(\w+?)/average_l0_(\d+)/params\.(?:npz|safetensors)",
+             r"(?:resid_post/)?layer_(\d+)_width_(\w+?)_l0_(\w+)/params\.(?:npz|safetensors)")
     for name in names:
-        m = re.fullmatch(r"layer_(\d+)/width_(\w+?)/average_l0_(\d+)/params\.(npz|safetensors)", name) or re.fullmatch(
-            r"(?:resid_post/)?layer_(\d+)_width_(\w+?)_l0_(\w+)/params\.(safetensors|npz)", name)
-        if m:
+        if m := re.fullmatch(forms[0], name) or re.fullmatch(forms[1], name):
             found.setdefault(int(m[1]), {}).setdefault(m[2], {})[m[3]] = name
-    if not found:
-        raise UserError("no SAE in it; wanted files like layer_20/width_16k/average_l0_71/params.npz")
-    if layer not in found:
-        raise UserError(f"no SAE for layer {layer}; layers here: {sorted(found)}")
-    if width not in found[layer]:
-        raise UserError(f"no SAE of width {width} for layer {layer}; widths here: {sorted(found[layer])}")
-    choices = found[layer][width]
+    need(found, "no SAE in it; wanted files like layer_20/width_16k/average_l0_71/params.npz")
+    need(layer in found, f"no SAE for layer {layer}; layers here: {sorted(found)}")
+    widths = found[layer]
+    need(width in widths, f"no SAE of width {width} for layer {layer}; widths here: {sorted(widths)}")
+    numbers = [k for k in widths[width] if k.isdigit()]
     if l0 is None:
-        numbers = [k for k in choices if k.isdigit()]
         l0 = min(numbers, key=lambda k: (abs(int(k) - 100), -int(k))) if numbers else "medium"
-    if str(l0) not in choices:
-        raise UserError(f"no SAE with L0 {l0} for layer {layer}, width {width}; here: {sorted(choices)}")
-    return choices[str(l0)], str(l0)
+    here = widths[width]
+    need(str(l0) in here, f"no SAE with L0 {l0} for layer {layer}, width {width}; here: {sorted(here)}")
+    return here[str(l0)]
 
+def published(spec, config):
+    """(repository, width, layers) of the SAEs that are published for a model, or None."""
+    name, shape = data.model_name(spec), (config.raw["model_type"], config.n_layers, config.d_model)
+    named = [FAMILIES[f] for f in FAMILIES if name == f[0] or name.startswith(f[0] + "-")]
+    found = named + [FAMILIES[f] for f in FAMILIES if f[1:] == shape]
+    return found[0] if found and max(found[0][2]) < config.n_layers else None
 
 def fetch_sae(spec, layer, width="16k", l0=None):
-    """(folder, file name in it, commit sha or None) of one SAE in a folder or hub repository laid out like Gemma Scope (1 or
-    2); only that file is downloaded."""
-    try:
-        name, _ = find_sae(data.listing(spec), layer, width, l0)
-    except UserError as e:
-        raise UserError(f"{spec}: {e}") from None
-    folder, revision = data.fetch(spec, [name])
-    return folder, name, revision
-
+    """(folder, file name) of one SAE in a folder or hub repository laid out like Gemma Scope."""
+    names = data.listing(spec)
+    with expecting(spec, UserError):
+        name = find_sae(names, layer, width, l0)
+    return data.fetch(spec, [name])[0], name
 
 def load_sae(spec, layer, width="16k", l0=None, device="cpu"):
-    """One JumpReLUSAE of such a folder or repository, checked."""
-    folder, name, revision = fetch_sae(spec, layer, width, l0)
-    tensors = _check_tensors(folder / name, _read_tensors(folder / name))
-    return JumpReLUSAE(**tensors, name=name, revision=revision).to(device)
-
+    """One JumpReLUSAE; UserError for a broken file or tensors that do not belong together."""
+    folder, name = fetch_sae(spec, layer, width, l0)
+    path = folder / name
+    tensors = {{"w_enc": "W_enc", "w_dec": "W_dec"}.get(k, k): v for k, v in _read_tensors(path).items()}
+    scale = tensors.pop("scaling_factor", torch.ones(1))  # in a few early files, all ones
+    need(bool((scale == 1).all()), f"{path}: has a scaling_factor that is not 1, so is no plain JumpReLU SAE")
+    size = dict(zip("DN", tensors["W_enc"].shape if "W_enc" in tensors else ()))
+    want = {key: tuple(size.get(x) for x in letters) for key, letters in SHAPES.items()}
+    found = {key: t.shape for key, t in tensors.items()}
+    model_gemma.check_shapes(path, found, want, f"a JumpReLU SAE has {', '.join(SHAPES)}")
+    norms = tensors["W_dec"].float().norm(dim=1)
+    need(torch.allclose(norms, torch.ones_like(norms), atol=1e-2), f"{path}: decoder rows have norms "
+         f"{norms.min():.3f}..{norms.max():.3f}, wanted 1: an activation would be no length in the stream")
+    return JumpReLUSAE(**tensors, name=name).to(device)
 
 def _read_tensors(path):
-    try:
+    with expecting(f"{path}: not a whole SAE file", zipfile.BadZipFile, EOFError, OSError, ValueError):
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as f:
                 return {k: torch.from_numpy(f[k]) for k in f.files}
+        model_gemma.tensor_shapes(path)
         return load_file(path)
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError, SafetensorError) as e:
-        raise UserError(f"{path}: not a whole SAE file ({e}); download it again") from None
-
-
-def _check_tensors(path, tensors):
-    """The five tensors under their standard names, after checking that they belong together; UserError if they do not."""
-    t = {{"w_enc": "W_enc", "w_dec": "W_dec"}.get(k, k): v for k, v in tensors.items()}
-    scale = t.pop("scaling_factor", None)              # in a few early files, all ones
-    if scale is not None and not bool((scale == 1).all()):
-        raise UserError(f"{path}: has a scaling_factor that is not 1; this code reads plain JumpReLU SAEs")
-    if set(t) != set(SHAPES):
-        raise UserError(f"{path}: tensors {sorted(t)}; a JumpReLU SAE has {sorted(SHAPES)}")
-    size = dict(zip("DN", t["W_enc"].shape)) if t["W_enc"].dim() == 2 else {}
-    for key, letters in SHAPES.items():
-        if tuple(t[key].shape) != tuple(size.get(x) for x in letters):
-            raise UserError(f"{path}: {key} has shape {tuple(t[key].shape)}, which does not fit W_enc {tuple(t['W_enc'].shape)}")
-    norms = t["W_dec"].float().norm(dim=1)
-    if not torch.allclose(norms, torch.ones_like(norms), atol=1e-2):
-        raise UserError(f"{path}: decoder rows have norms {norms.min():.3f}..{norms.max():.3f}, wanted 1: a feature's "
-                        "activation would not be its length in the residual stream")
-    return t
-
 
 def check_fit(sae, model, layer):
     """UserError unless the SAE reads this model's residual stream at an existing layer."""
-    D = model.config.d_model
-    if len(sae.W_dec[0]) != D:
-        raise UserError(f"SAE {sae.name} reads vectors of {len(sae.W_dec[0])} numbers, but the model's residual stream has {D}: "
-                        "made for another model?")
-    if not 0 <= layer < model.config.n_layers:
-        raise UserError(f"no layer {layer}: the model has layers 0..{model.config.n_layers - 1}")
-
+    D, reads, n = model.config.d_model, sae.W_dec.shape[1], model.config.n_layers
+    need(reads == D, f"SAE {sae.name} reads vectors of {reads} numbers, but the model's residual stream has "
+         f"{D}: made for another model?")
+    need(0 <= layer < n, f"no layer {layer}: the model has layers 0..{n - 1}")
 
 def save_sae(sae, folder, layer, l0):
-    """Write an SAE where load_sae finds it: layer_L/width_W/average_l0_n/params.npz; returns the file's path."""
+    """Write an SAE where load_sae finds it, layer_L/width_W/average_l0_n/params.npz; returns that name."""
     name = f"layer_{layer}/width_{len(sae.W_dec)}/average_l0_{round(l0)}/params.npz"
     with data.replacing(f"{folder}/{name}") as beside, open(beside, "wb") as f:
         np.savez(f, **{k: getattr(sae, k).cpu().numpy() for k in SHAPES})
     return name
 
-
 def neuronpedia_url(model_spec, layer, width, feature):
     """Where a Gemma Scope feature's examples are shown, or None for SAEs that page does not have."""
-    name = str(model_spec).split("@")[0].rstrip("/").split("/")[-1]
+    name = data.model_name(model_spec)
     known = name in ("gemma-2-2b", "gemma-2-9b", "gemma-2-9b-it")
     return f"https://www.neuronpedia.org/{name}/{layer}-gemmascope-res-{width}/{feature}" if known else None
 
-
-# ----------------------------------------------------------------------------------------------------------- training
+# ---- training ----
 @torch.no_grad()
 def collect_residuals(model, rows, layers, n_tokens, batch=16):
-    """Residuals after `layers` on texts given as lists of ids -> {layer: (n, D) fp32, on the CPU}, n <= n_tokens.
-
-    BOS is left out: its activations are a hundred times larger and thousands of features fire there (Gemma Scope's
-    authors left it out of training too). Filled in place: a final torch.cat would hold everything twice.
-    """
+    """Residuals after `layers` on texts, lists of ids: {layer: (n, D) fp32 on the CPU}, n <= n_tokens.
+    BOS is left out, as in Gemma Scope's training: its activations are a hundred times larger and thousands of
+    features fire there. Filled in place: a final torch.cat would hold everything twice."""
     n = min(n_tokens, sum(len(r) - 1 for r in rows))
     out = {i: torch.empty(n, model.config.d_model) for i in layers}
     at = 0
     for start in data.progress(range(0, len(rows), batch), desc="residuals", disable=None):
         ids, keep = (t.to(model.device) for t in data.pad(rows[start:start + batch]))
-        keep_real = keep & (ids != data.BOS)
         taps = model.residuals(ids, layers, keep)
-        m = min(n - at, int(keep_real.sum()))
+        counted = keep & (ids != data.BOS)
+        m = min(n - at, int(counted.sum()))
         for i in layers:
-            out[i][at:at + m] = taps[i][keep_real][:m].float().cpu()
+            out[i][at:at + m] = taps[i][counted][:m].float().cpu()
         at += m
         if at == n:
             break
     return {i: x[:at] for i, x in out.items()}
 
-
 def train_sae(activations, width, active, steps=800, batch=1024, lr=1e-3, seed=0, show=False):
-    """Train an SAE on residuals (n, D) and return it in Gemma Scope's form, taking raw residuals.
-
-    Batch-top-k (arXiv 2412.06410): of a batch's activations the `active` x batch largest stay, so `active` features fire
-    per token on average; four times as many at first, annealed over the first quarter of the steps, which keeps features
-    alive. The cut becomes one threshold at the end. It needs no sparsity weight to be tuned.
-    Trained on inputs standardised per dimension (some residual dimensions have half of all variance), then folded back.
-    """
+    """An SAE trained on residuals (n, D), in Gemma Scope's form.
+    Batch-top-k (arXiv 2412.06410), without a sparsity weight to tune: of a batch's activations the `active` x
+    batch largest stay; four times as many at first, annealed over a quarter of the steps, against dying.
+    The cut becomes one threshold. Inputs are standardised per dimension (some hold half of all variance)."""
     n, D = activations.shape
     rng = torch.Generator().manual_seed(seed)
     dev, mean = activations.device, activations.mean(0)
     std = activations.std(0).clamp(min=1e-4 * float(activations.std()))
-    W_dec = torch.nn.functional.normalize(torch.randn(width, D, generator=rng), dim=1).to(dev)
-    p = dict(W_enc=W_dec.T.clone(), W_dec=W_dec, b_enc=torch.zeros(width, device=dev), b_dec=torch.zeros(D, device=dev))
+    W_dec = F.normalize(torch.randn(width, D, generator=rng), dim=1).to(dev)
+    p = dict(W_enc=W_dec.T.clone(), W_dec=W_dec, b_enc=mean.new_zeros(width), b_dec=mean.new_zeros(D))
     for t in p.values():
         t.requires_grad_(True)
     opt = torch.optim.Adam(p.values(), lr=lr, betas=(0.9, 0.999))
     cut = 0.0
     for step in data.progress(range(steps), desc="sae", disable=None if show else True):
         opt.param_groups[0]["lr"] = lr * min(1.0, (steps - step) / (0.2 * steps))
-        x = (activations[torch.randint(n, (batch,), generator=rng)] - mean) / std               # (b, D)
-        pre = ((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]).relu()                               # (b, N)
+        x = (activations[torch.randint(n, (batch,), generator=rng)] - mean) / std  # (b, D)
+        pre = ((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]).relu()  # (b, N)
         stay = active * (1 + 3 * max(0.0, 1 - step / (0.25 * steps)))
         floor = pre.detach().flatten().topk(min(pre.numel(), round(stay * batch))).values[-1]
         cut = float(floor) if step == 0 else 0.95 * cut + 0.05 * float(floor)
-        loss = ((torch.where(pre >= floor, pre, 0.0) @ p["W_dec"] + p["b_dec"] - x) ** 2).sum(1).mean()
+        again = torch.where(pre >= floor, pre, 0.0) @ p["W_dec"] + p["b_dec"]
         opt.zero_grad()
-        loss.backward()
+        ((again - x) ** 2).sum(1).mean().backward()
         opt.step()
         with torch.no_grad():
             p["W_dec"].div_(p["W_dec"].norm(dim=1, keepdim=True))
     return fold({k: t.detach() for k, t in p.items()}, cut, mean, std)
 
-
 def fold(p, cut, mean, std):
-    """Take the standardisation (x - mean) / std and its inverse into the weights, and rescale each decoder row to norm 1.
-
-    Exact: the folded SAE fires on the same tokens and reconstructs the same vectors, now from raw residuals.
-    """
-    rows = p["W_dec"] * std                                                                     # (N, D)
-    length = rows.norm(dim=1)                          # a feature's unit of activation, in the residual's own units
+    """Take the standardisation (x - mean) / std into the weights, exactly; decoder rows get norm 1."""
+    rows = p["W_dec"] * std  # (N, D)
+    length = rows.norm(dim=1)  # a feature's unit of activation, in the residual's own units
     return JumpReLUSAE(W_enc=p["W_enc"] / std[:, None] * length, W_dec=rows / length[:, None],
                        b_enc=(p["b_enc"] - (mean / std + p["b_dec"]) @ p["W_enc"]) * length,
                        b_dec=p["b_dec"] * std + mean, threshold=cut * length)
 
-
+# ---- looking at ----
 @torch.no_grad()
-def sae_report(sae, x, chunk=4096):
-    """How well an SAE fits residuals x (n, D): dict of fve, fve_standardised, l0 (features per token), dead (share).
-
-    fve is the fraction of the CENTRED variance explained: uncentred numbers flatter, since most of a Gemma's residual
-    energy is its mean. Standardised per dimension is the harder number, since few outlier dimensions rule the raw one.
-    """
+def sae_quality(sae, x, chunk=4096):
+    """How an SAE fits residuals x (n, D): dict fve, fve_standardised, l0 (features a token), dead (share).
+    fve is the fraction of CENTRED variance explained: most of a Gemma's residual energy is its mean.
+    Standardised per dimension is the harder number: few outlier dimensions rule the raw one."""
     mean, var = x.mean(0), x.var(0).clamp(min=1e-12)
     lost, fired, l0 = torch.zeros_like(var), torch.zeros(len(sae.W_dec), dtype=torch.bool, device=x.device), 0
     for rows in x.split(chunk):
@@ -228,62 +200,62 @@ def sae_report(sae, x, chunk=4096):
         fired |= (a > 0).any(0)
         l0 += int((a > 0).sum())
     total = ((x - mean) ** 2).sum(0)
-    return dict(fve=1 - float(lost.sum() / total.sum()), fve_standardised=1 - float((lost / var).sum() / (total / var).sum()),
-                l0=l0 / len(x), dead=1 - float(fired.float().mean()))
+    standardised = 1 - float((lost / var).sum() / (total / var).sum())
+    return dict(fve=1 - float(lost.sum() / total.sum()), fve_standardised=standardised, l0=l0 / len(x),
+                dead=1 - float(fired.float().mean()))
 
+def token_text(tok, i):
+    """A token as a person reads it."""
+    return tok.decode([i]) or tok.id_to_token(i) or f"<{i}>"
 
 @torch.no_grad()
-def promoted_tokens(model, tok, rows, n=8):
-    """The n tokens that each direction of rows (k, D) raises most through the final norm's gain and the tied head."""
-    gain = 1 + model.norm.weight.float()
-    scores = (rows.float().to(model.device) * gain).to(model.dtype) @ model.embed_tokens.weight.T     # (k, V)
-    return [[tok.decode([i]) or tok.id_to_token(i) or f"<{i}>" for i in row] for row in scores.topk(n).indices.tolist()]
-
+def promoted_tokens(model, tok, directions, n=8):
+    """The n tokens that each direction (k, D) raises most through the final norm's gain and the tied head."""
+    read = directions.float().to(model.device) * (1 + model.norm.weight.float())  # (k, D)
+    scores = read.to(model.dtype) @ model.embed_tokens.weight.T  # (k, V)
+    return [[token_text(tok, i) for i in row] for row in scores.topk(n).indices.tolist()]
 
 @torch.no_grad()
 def firing_tokens(model, tok, saes, chosen, rows, batch=8, n=6):
-    """Where features fire: {layer: per chosen feature the n tokens with the largest shares of its activation}.
-
-    saes {layer: JumpReLUSAE}, chosen {layer: features (k,)}, rows texts as lists of ids. Single tokens, never contexts: a
-    table of them can be shown where the texts cannot.
-    """
+    """{layer: per feature of chosen {layer: (k,)} the n tokens with the largest shares of its activation}.
+    A token is (text, share); rows are texts, lists of ids. Never contexts: tokens can be shown where texts
+    cannot."""
     mass = {i: torch.zeros(model.config.vocab_size, len(f)) for i, f in chosen.items()}
     for at in range(0, len(rows), batch):
         ids, keep = (t.to(model.device) for t in data.pad(rows[at:at + batch]))
-        real = keep & (ids != data.BOS)                # BOS is not counted, but the model must see it
+        counted = keep & (ids != data.BOS)  # BOS is not counted, but the model must see it
         for i, h in model.residuals(ids, list(chosen), keep).items():
-            mass[i].index_add_(0, ids[real].cpu(), saes[i].encode(h[real])[:, chosen[i].to(h.device)].cpu())
+            a = saes[i].encode(h[counted])[:, chosen[i].to(h.device)]  # (n, k)
+            mass[i].index_add_(0, ids[counted].cpu(), a.cpu())
     out = {}
     for i, m in mass.items():
-        share = m / m.sum(0).clamp(min=1e-30)
-        out[i] = [[(tok.decode([t]) or tok.id_to_token(t) or f"<{t}>", float(share[t, j])) for t in share[:, j].topk(n).indices.tolist() if share[t, j] > 0]
-                  for j in range(m.shape[1])]
+        best, tokens = (m / m.sum(0).clamp(min=1e-30)).topk(min(n, len(m)), 0)  # (n, k)
+        out[i] = [[(token_text(tok, t), s) for t, s in zip(ts, ss) if s > 0]
+                  for ts, ss in zip(tokens.T.tolist(), best.T.tolist())]
     return out
 
-
 def main():
-    ap = argparse.ArgumentParser(description="Show which SAE features fire on a prompt.")
+    ap = data.Arguments(description="Show which SAE features fire on a prompt.")
     ap.add_argument("--model", required=True, help="folder or hub id")
     ap.add_argument("--sae", required=True, help="folder or hub id, laid out like Gemma Scope")
-    ap.add_argument("--layer", type=int, required=True)
+    ap.add_argument("--layer", type=data.at_least(0), required=True)
     ap.add_argument("--width", default="16k")
     ap.add_argument("--prompt", required=True)
-    ap.add_argument("--top", type=int, default=10)
+    ap.add_argument("--top", type=data.at_least(1), default=10)
     args = ap.parse_args()
     model, tok = model_gemma.load_gemma(args.model), data.load_tokenizer(args.model)
     sae = load_sae(args.sae, args.layer, args.width)
     check_fit(sae, model, args.layer)
-    ids = [data.BOS] + tok.encode(args.prompt, add_special_tokens=False).ids
+    ids = [data.BOS] + data.encode_plain(tok, args.prompt)
     with torch.no_grad():
-        x = model.residuals(torch.tensor([ids]), [args.layer])[args.layer][0, 1:].float()              # (T-1, D)
-    a = sae.encode(x)
-    report = sae_report(sae, x)
-    print(f"{sae.name}: {report['l0']:.0f} features a token, {report['fve']:.2f} of the centred variance explained, BOS left out")
-    best = a.max(0)
-    for i in best.values.argsort(descending=True)[:args.top].tolist():
-        words = " ".join(repr(w) for w in promoted_tokens(model, tok, sae.W_dec[i:i + 1], 6)[0])
-        print(f"feature {i:6d}  {best.values[i]:8.2f} at {tok.id_to_token(ids[1 + int(best.indices[i])])!r:14} promotes {words}")
-
+        x = model.residuals(torch.tensor([ids]), [args.layer])[args.layer][0, 1:].float()  # (T-1, D)
+    a, q = sae.encode(x), sae_quality(sae, x)
+    print(f"{sae.name}: {q['l0']:.0f} features a token, {q['fve']:.2f} of the variance explained")
+    best, at = a.max(0)
+    for i in best.argsort(descending=True)[:args.top].tolist():
+        words = " ".join(map(repr, promoted_tokens(model, tok, sae.W_dec[i:i + 1], 6)[0]))
+        token = token_text(tok, ids[1 + int(at[i])])
+        print(f"feature {i:6d}  {best[i]:8.2f} at {token!r:14} promotes {words}")
 
 if __name__ == "__main__":
     data.run_main(main)

@@ -1,15 +1,12 @@
-"""hub_server.py - a hub on loopback for tests: answers what huggingface_hub's client asks, as the real one does.
+"""hub_server.py - a hub on loopback for tests: it answers huggingface_hub's client as the real one does.
 
-Serves a folder: ROOT/models/owner/name/FILES and ROOT/datasets/owner/name/FILES; a folder `name@rev` beside `name` is
-another revision of it. What is copied from the real hub, checked against the client's code (huggingface_hub 2.4):
+Serves ROOT/models/owner/name/FILES and ROOT/datasets/...; a folder `name@rev` is another revision of `name`.
     GET  /api/models/ID[/revision/REV]            sha and siblings
-    GET  /api/models/ID/tree/SHA?recursive=True   entries with oid, size, lfs; in pages joined by a Link header
-    HEAD /ID/resolve/SHA/FILE                     small file: a relative redirect to /api/resolve-cache/...; large file:
-                                                  302 to another host with X-Linked-Etag and X-Linked-Size
+    GET  /api/models/ID/tree/SHA?recursive=True   entries with oid, size, lfs; in pages joined by Link headers
+    HEAD /ID/resolve/SHA/FILE                     small file: a relative redirect to /api/resolve-cache/...
+                                                  large file: 302 to another host, with its etag and size
     GET  of both redirect targets                 with Range, ETag, Content-Length
-    401 / 403 / 404                               X-Error-Code GatedRepo, RepoNotFound, RevisionNotFound, EntryNotFound
-Not copied: the bytes in Xet storage. With hub.xet = True large files are said to lie there and the storage refuses, so a
-test sees what a firewall in front of it does; otherwise no file carries an X-Xet-Hash and all goes by plain HTTP.
+Not copied: Xet storage. With hub.xet = True large files are said to lie there, and every request to it fails.
 """
 import hashlib
 import http.server
@@ -17,64 +14,48 @@ import json
 import multiprocessing
 import os
 import runpy
-import socket
 import sys
 import threading
-import time
 import urllib.parse
 from pathlib import Path
+from types import SimpleNamespace
 
+import torch
+
+XET_TOKEN = {"X-Xet-Access-Token": "xet", "X-Xet-Token-Expiration": "4102444800"}
 LARGE = (".safetensors", ".npz", ".gz")                # what the hub would keep in LFS and serve from its CDN
 
 
 class HubServer(http.server.ThreadingHTTPServer):
-    """Serve `root` from a thread: `with HubServer(root) as hub: ... hub.url`. Faults are switched by the methods."""
-    daemon_threads = True
+    """Serve `root` from a thread: `with HubServer(root) as hub: ... hub.url`. Attributes switch faults on."""
 
     def __init__(self, root):
         super().__init__(("127.0.0.1", 0), Handler)
         self.root, self.url = Path(root), f"http://127.0.0.1:{self.server_port}"
-        # another host name, so that a client which sends its token on to the CDN is found out
-        self.cdn = f"http://localhost:{self.server_port}"
+        self.cdn = f"http://localhost:{self.server_port}"          # another host: no token may go there
         self.log = []                                  # (method, path, status, headers) of every request
-        self.tokens, self.gated, self.gone, self.cuts, self.broken = {"hf_good"}, {}, set(), {}, {}
-        # broken: repository or file -> (status, X-Error-Code or None, message)
-        self.xet = False
-        self.page = 20                                 # entries in a page of a tree; the real hub's are 1000
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
+        self.tokens, self.gated = {"hf_good"}, {}      # gated: repository -> tokens that may read its files
+        self.broken = {}                               # repository or file -> (status, X-Error-Code, message)
+        self.gone = set()                              # files that are listed but not there
+        self.cuts = {}                                 # file -> how many downloads lose the last tenth
+        self.xet, self.page = False, 20                # entries in a page of a tree; the real hub's are 1000
+        self.siblings = None                           # how many files the info names; None: all
+        threading.Thread(target=self.serve_forever, args=(.01,), daemon=True).start()
 
     def __exit__(self, *exc):
         self.shutdown()
         self.server_close()
 
-    def handle_error(self, request, client_address):
-        if not isinstance(sys.exc_info()[1], ConnectionError):     # a client that hangs up is no fault of ours
-            super().handle_error(request, client_address)
-
-    def gate(self, repo, allowed=(), api=False):
-        """Let only the tokens `allowed` read a repository's files; with api=True its listing too."""
-        self.gated[repo] = (set(allowed), api)
-
-    def cut_once(self, file):
-        """Hang up in the middle of the next download of this file name."""
-        self.cuts[file] = 1
-
-    def cut_always(self, file):
-        """Hang up before the first byte of this file's body, every time."""
-        self.cuts[file] = -1
-
     def downloads(self):
-        """Names of the files whose bytes went out, in order."""
-        return [h["x-file"] for method, _, status, h in self.log if method == "GET" and status in (200, 206) and "x-file" in h]
+        """Names of the files whose bytes went out, sorted."""
+        return sorted(h["file"] for method, _, _, h in self.log if method == "GET" and h["file"])
 
-    def folder(self, kind, repo, rev):
+    def folder(self, kind, repo, rev="main"):
         """(folder, sha) of a repository at a branch, tag or sha; (None, None) if there is none."""
         base = self.root / f"{kind}s" / repo
         for path in [base, *base.parent.glob(base.name + "@*")] if base.is_dir() else []:
-            sha = sha_of(path)
+            sizes = [(name, p.stat().st_size) for name, p in files_of(path).items()]
+            sha = hashlib.sha1(repr(sizes).encode()).hexdigest()
             if rev in (sha, path.name.partition("@")[2] or "main"):
                 return path, sha
         return None, None
@@ -84,173 +65,151 @@ def files_of(folder):
     return {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def sha_of(folder):
-    """A stand-in for the commit: changes with the names and the sizes of the files."""
-    return hashlib.sha1(repr([(n, p.stat().st_size) for n, p in files_of(folder).items()]).encode()).hexdigest()
-
-
 def etag_of(path):
-    data = path.read_bytes()
-    if path.name.endswith(LARGE):
-        return hashlib.sha256(data).hexdigest()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()         # git's own
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True                     # else an answer waits 40 ms for an acknowledgement
 
-    def log_message(self, *args):
-        pass
-
-    def do_HEAD(self):
-        self.do_GET()
+    log_message = staticmethod(lambda *args: None)
 
     def do_GET(self):
         url = urllib.parse.urlsplit(self.path)
         parts = [urllib.parse.unquote(p) for p in url.path.strip("/").split("/")]
-        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-        if parts[0] not in ("cdn", "v2") and token and token not in self.server.tokens:
-            return self.refuse(401, None, "Invalid credentials in Authorization header")
+        self.token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if parts[0] == "cdn":                          # /cdn/models/owner/name@rev/FILE: a large file's bytes
-            return self.send_file(self.server.root / "/".join(parts[1:]), "/".join(parts[4:]))
-        if parts[:2] == ["api", "resolve-cache"]:
-            kind, repo, rev, rest = parts[2][:-1], "/".join(parts[3:5]), parts[5], parts[6:]
-            folder, sha = self.server.folder(kind, repo, rev)
-            return self.send_file(folder / "/".join(rest), "/".join(rest), sha)
-        if parts[:2] == ["v2", "reconstructions"]:     # Xet's own server
-            return self.refuse(401, None, "no Xet storage here")
-        if parts[0] == "api" and parts[1] not in ("models", "datasets"):
-            return self.refuse(404, None, "not here")  # the client asks for more on the side; nothing depends on it
-        if parts[0] == "api":
-            return self.api(parts[1][:-1], "/".join(parts[2:4]), parts[4:], token, urllib.parse.parse_qs(url.query))
-        kind = "dataset" if parts[0] == "datasets" else "model"
-        parts = parts[1:] if kind == "dataset" else parts
-        return self.resolve(kind, "/".join(parts[:2]), parts[3], "/".join(parts[4:]), token)
+            self.send_file(self.server.root / "/".join(parts[1:]), "/".join(parts[4:]))
+        elif self.token and self.token not in self.server.tokens:  # Xet storage is asked with one of its own
+            self.refuse(401, None, "Invalid credentials in Authorization header")
+        elif parts[:2] == ["api", "resolve-cache"]:
+            folder, sha = self.server.folder(parts[2][:-1], "/".join(parts[3:5]), parts[5])
+            self.send_file(folder / "/".join(parts[6:]), "/".join(parts[6:]), {"X-Repo-Commit": sha})
+        elif parts[0] == "api" and parts[1] in ("models", "datasets"):
+            cursor = urllib.parse.parse_qs(url.query).get("cursor", ["0"])[0]
+            self.api(parts[1][:-1], "/".join(parts[2:4]), *(parts[4:] or ["revision", "main"]), int(cursor))
+        elif parts[0] == "api":                        # the client asks for more on the side, in vain
+            self.refuse(404, None, "not here")
+        else:
+            kind, parts = ("dataset", parts[1:]) if parts[0] == "datasets" else ("model", parts)
+            self.resolve(kind, "/".join(parts[:2]), parts[3], "/".join(parts[4:]))
 
-    def api(self, kind, repo, rest, token, query):
+    do_HEAD = do_GET
+
+    def api(self, kind, repo, what, rev, cursor):
         """Model or data set info, or its tree page by page."""
-        if repo in self.server.broken:
-            return self.refuse(*self.server.broken[repo])
-        what, rev = (rest + ["main"])[:2] if rest else ("revision", "main")
-        found = self.find(kind, repo, rev, token, api=True)
-        if not found:
-            return None
-        folder, sha = found
-        files = files_of(folder)
-        if what == "xet-read-token":
-            return self.answer(200, {"X-Xet-Cas-Url": self.server.url, "X-Xet-Access-Token": "xet", "Content-Length": "0",
-                                     "X-Xet-Token-Expiration": str(int(time.time()) + 3600)})
-        if what == "revision":
-            return self.send_json(dict(_id="0", id=repo, sha=sha, private=False, tags=[], downloads=0, likes=0,
-                                       siblings=[{"rfilename": n} for n in files]))
-        rows = [dict(type="file", path=n, size=p.stat().st_size, oid=etag_of(p),
-                     **(dict(lfs=dict(oid=etag_of(p), size=p.stat().st_size, pointerSize=134)) if n.endswith(LARGE) else {}),
-                     **(dict(xetHash=etag_of(p)) if n.endswith(LARGE) and self.server.xet else {}))
-                for n, p in files.items()]
-        rows += [dict(type="directory", path=d, size=0, oid="0" * 40)
-                 for d in sorted({str(Path(n).parent) for n in files} - {"."})]
-        at = int(query.get("cursor", ["0"])[0])
-        link = f"<{self.server.url}{urllib.parse.urlsplit(self.path).path}?recursive=True&cursor={at + self.server.page}>; rel=\"next\""
-        return self.send_json(rows[at:at + self.server.page], {"Link": link} if at + self.server.page < len(rows) else {})
+        folder, sha = self.find(kind, repo, rev, repo)
+        files = files_of(folder) if folder else {}
+        if what == "revision" and folder:
+            siblings = [{"rfilename": name} for name in files][:self.server.siblings]
+            self.answer(200, {}, dict(id=repo, sha=sha, siblings=siblings))
+        elif what == "tree" and folder:
+            rows = [dict(type="directory", path=d, size=0, oid="0" * 40)
+                    for d in sorted({str(Path(name).parent) for name in files} - {"."})]
+            for name, path in files.items():
+                about = dict(oid=etag_of(path), size=path.stat().st_size)
+                more = dict(lfs=dict(about, pointerSize=134)) if name.endswith(LARGE) else {}
+                more |= dict(xetHash=about["oid"]) if more and self.server.xet else {}
+                rows.append(dict(type="file", path=name, **about, **more))
+            after = cursor + self.server.page
+            url = f"{self.server.url}{self.path.partition('?')[0]}?recursive=True&cursor={after}"
+            self.answer(200, {"Link": f'<{url}>; rel="next"'} if rows[after:] else {}, rows[cursor:after])
+        elif folder:                                   # what == "xet-read-token"
+            self.answer(200, {"X-Xet-Cas-Url": self.server.url} | XET_TOKEN)
 
-    def resolve(self, kind, repo, rev, file, token):
+    def resolve(self, kind, repo, rev, file):
         """Where a file's bytes are: the answer to HEAD and GET of /ID/resolve/REV/FILE."""
-        found = self.find(kind, repo, rev, token)
-        if not found:
-            return None
-        folder, sha = found
-        path = folder / file
-        if file in self.server.broken:
-            return self.refuse(*self.server.broken[file])
-        if not path.is_file() or file in self.server.gone:
-            return self.refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": sha})
-        if not file.endswith(LARGE):
-            return self.answer(307, {"Location": f"/api/resolve-cache/{kind}s/{repo}/{sha}/{urllib.parse.quote(file)}",
-                                     "X-Repo-Commit": sha, "Content-Length": "0"})
-        xet = {"X-Xet-Hash": etag_of(path), "Link": f'<{self.server.url}/api/{kind}s/{repo}/xet-read-token/{sha}>; rel="xet-auth"'}
-        return self.answer(302, {**(xet if self.server.xet else {}), "Location": f"{self.server.cdn}/cdn/{path.relative_to(self.server.root).as_posix()}",
-                                 "X-Repo-Commit": sha, "X-Linked-Etag": f'"{etag_of(path)}"',
-                                 "X-Linked-Size": str(path.stat().st_size), "Content-Length": "0"})
+        folder, sha = self.find(kind, repo, rev, file)
+        path, headers = Path(folder or ".") / file, {"X-Repo-Commit": sha}
+        if folder and (file in self.server.gone or not path.is_file()):
+            self.refuse(404, "EntryNotFound", "Entry not found", headers)
+        elif folder and not file.endswith(LARGE):
+            where = f"/api/resolve-cache/{kind}s/{repo}/{sha}/{urllib.parse.quote(file)}"
+            self.answer(307, headers | {"Location": where})
+        elif folder:
+            headers |= {"X-Linked-Etag": f'"{etag_of(path)}"', "X-Linked-Size": str(path.stat().st_size)}
+            if self.server.xet:
+                token = f"{self.server.url}/api/{kind}s/{repo}/xet-read-token/{sha}"
+                headers |= {"X-Xet-Hash": etag_of(path), "Link": f'<{token}>; rel="xet-auth"'}
+            where = f"{self.server.cdn}/cdn/{path.relative_to(self.server.root).as_posix()}"
+            self.answer(302, headers | {"Location": where})
 
-    def find(self, kind, repo, rev, token, api=False):
-        """(folder, sha), or None after an error has been answered."""
+    def find(self, kind, repo, rev, what):
+        """(folder, sha), or (None, None) after an answered error. what: the file or repository asked for."""
         folder, sha = self.server.folder(kind, repo, rev)
-        allowed, gate_api = self.server.gated.get(repo, ({token}, False))
-        if folder is None:
-            if self.server.folder(kind, repo, "main")[0]:
-                self.refuse(404, "RevisionNotFound", f"Invalid rev id: {rev}")
-            else:                                      # the real hub hides a missing repository from strangers
-                self.refuse(404 if token else 401, "RepoNotFound", "Repository not found")
-        elif token not in allowed and (gate_api or not api):
-            self.refuse(403 if token else 401, "GatedRepo", f"Access to model {repo} is restricted and you are not in the "
-                        "authorized list.", {"X-Repo-Commit": sha})
+        if what in self.server.broken:
+            self.refuse(*self.server.broken[what])
+        elif folder is None and self.server.folder(kind, repo)[0]:
+            self.refuse(404, "RevisionNotFound", f"Invalid rev id: {rev}")
+        elif folder is None:                           # strangers are not told that a repository is missing
+            self.refuse(404 if self.token else 401, "RepoNotFound", "Repository not found")
+        elif what != repo and self.token not in self.server.gated.get(repo, {self.token}):
+            why = f"Access to model {repo} is restricted and you are not in the authorized list."
+            self.refuse(403 if self.token else 401, "GatedRepo", why, {"X-Repo-Commit": sha})
         else:
             return folder, sha
+        return None, None
 
-    def send_file(self, path, name, sha=None):
-        data = path.read_bytes()
-        start = int(self.headers["Range"][len("bytes="):].split("-")[0]) if self.headers.get("Range") else 0
-        headers = {"ETag": f'"{etag_of(path)}"', "Content-Length": str(len(data) - start), "Accept-Ranges": "bytes"}
-        headers |= {"X-Repo-Commit": sha} if sha else {}
+    def send_file(self, path, name, headers={}):
+        data, asked = path.read_bytes(), self.headers.get("Range")
+        start = int(asked[len("bytes="):].split("-")[0]) if asked else 0
+        headers = {"ETag": f'"{etag_of(path)}"', "Accept-Ranges": "bytes", **headers}
         headers |= {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
-        cut = self.server.cuts.get(name, 0) if self.command == "GET" else 0
-        if cut == 1:
-            del self.server.cuts[name]
-        self.answer(206 if start else 200, headers, note={"x-file": name, "x-start": start})
-        if self.command == "GET":
-            self.wfile.write(data[start:][:len(data) // 2 if cut == 1 else 0 if cut else None])
+        cut = self.command == "GET" and self.server.cuts.get(name, 0) > 0
+        self.answer(206 if start else 200, headers, data[start:], len(data) * 9 // 10 if cut else None, name)
         if cut:
-            self.wfile.flush()
-            self.connection.shutdown(socket.SHUT_RDWR)
+            self.server.cuts[name] -= 1
             self.close_connection = True
 
-    def send_json(self, value, headers={}):
-        body = json.dumps(value).encode()
-        self.answer(200, {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers})
-        self.wfile.write(body)
-
     def refuse(self, status, code, message, headers={}):
-        body = json.dumps({"error": message}).encode()
-        self.answer(status, {**({"X-Error-Code": code} if code else {}), "X-Error-Message": message,
-                             "Content-Type": "application/json", "Content-Length": str(len(body)), **headers})
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        headers = {**headers, **({"X-Error-Code": code} if code else {}), "X-Error-Message": message}
+        self.answer(status, headers, {"error": message})
 
-    def answer(self, status, headers, note={}):
-        sent = {"authorization": self.headers.get("Authorization"), "range": self.headers.get("Range"), **note}
-        self.server.log.append((self.command, self.path, status, sent))
+    def answer(self, status, headers, body=b"", sent=None, file=None):
+        """Log and send an answer, of its body (bytes, or a value as JSON) `sent` bytes."""
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        asked = dict(token=self.headers.get("Authorization"), range=self.headers.get("Range"), file=file)
+        self.server.log.append((self.command, self.path, status, asked))
         self.send_response(status)
-        for key, value in headers.items():
+        for key, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(key, value)
         self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[:sent])
 
 
-# ------------------------------------------------------------------------------- quick processes that are the client
-# Importing torch takes 1.2 s of a process's 1.6. A fork server that has torch, and nothing of huggingface_hub (which
-# reads its environment variables while it is imported), starts thirty clean clients in the time of ten. A module that is not installed is passed over.
+# ------------------------------------------------------------------- quick processes that are the client
+# Importing torch takes most of a process's two seconds. A fork server with everything but huggingface_hub
+# (which reads its variables when imported) starts a client in a tenth. What is not installed is left out.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["torch", "numpy", "tokenizers", "safetensors.torch", "httpx2", "httpx", "requests", "yaml", "filelock"])
+processes.set_forkserver_preload("torch._dynamo safetensors.torch tokenizers httpx2 httpcore2._sync httpx "
+                                 "truststore anyio trio requests yaml filelock tqdm.auto".split())
 
 
-def run_script(folder, args, env, out):
-    """Run `python ARGS` (a script and its arguments, or -c CODE) in a new process -> (exit code, stdout, stderr)."""
-    child = processes.Process(target=_script, args=(str(folder), [str(a) for a in args], env, str(out)))
+# no other variable of the user's is handed on: those for hub, token and proxy change what a client does
+NEEDED = {k: os.environ[k] for k in "PATH LD_LIBRARY_PATH PYTHONPATH TMPDIR".split() if k in os.environ}
+
+
+def run_script(folder, args, home, **env):
+    """Run a script with its arguments, in a new process of one thread with the home folder `home`."""
+    env = NEEDED | dict(HOME=str(home)) | env
+    child = processes.Process(target=_script, args=(str(folder), [str(a) for a in args], env, home))
     child.start()
     child.join(120)
     assert child.exitcode is not None, f"still running after two minutes: {args}"
-    return child.exitcode, *(Path(f"{out}.{name}").read_text() for name in ("out", "err"))
+    out, err = ((home / name).read_text() for name in ("out", "err"))
+    return SimpleNamespace(returncode=child.exitcode, stdout=out, stderr=err)
 
 
-def _script(folder, args, env, out):
+def _script(folder, args, env, home):
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)
     for fd, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{out}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+        os.dup2(os.open(home / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
     sys.path.insert(0, folder)
     assert "huggingface_hub" not in sys.modules and "data" not in sys.modules
-    if args[0] == "-c":
-        exec(compile(args[1], "<command>", "exec"), {"__name__": "__main__"})
-    else:
-        sys.argv = args
-        runpy.run_path(args[0], run_name="__main__")
+    torch.set_num_threads(1)                           # with tensors this small threads wait for each other
+    sys.argv = args
+    runpy.run_path(args[0], run_name="__main__")

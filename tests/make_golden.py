@@ -1,45 +1,47 @@
-"""make_golden.py - writes golden_gemma2.safetensors and golden_gemma3.safetensors, once, with transformers as the oracle.
+"""Write golden_gemma2.safetensors and golden_gemma3.safetensors, with transformers as the oracle.
 
     pip install -r requirements.txt -r tests/requirements.txt && python tests/make_golden.py
 
-Each file holds a tiny model with random weights and what transformers' eager attention makes of two padded rows: so the
-parity tests run where transformers is not installed. The configuration is chosen so that every known mistake shows
-(test_parity.py): weights of standard deviation 1, random norm weights, a window shorter than the text, a query scalar
-that is not head_dim, heads * head_dim != D, fewer key/value heads than query heads, caps that bite.
-Tensors: the weights by their published names (bf16); ids, keep_right, keep_left (B, T); and for float32 and bfloat16
-`{dtype}.{side}.logits` (B, T, V) and `{dtype}.right.{embedding|layer.i}` (B, T, D). Metadata: config.json, versions, CPU.
+A file holds a tiny random model and what transformers' eager attention makes of two padded rows, so that the
+parity tests run without transformers. The configuration makes every usual mistake show: weights of standard
+deviation 1, random norm weights, a window shorter than the text, a query scalar that is not head_dim, heads *
+head_dim != D, fewer key/value heads than query heads, caps that bite.
+Tensors: weights by their published names (bf16); ids, keep_right, keep_left (B, T); for float32 and bfloat16
+DTYPE.SIDE.logits (B, T, V), DTYPE.right.embedding and .layer.i (B, T, D). Metadata: config, versions, CPU.
 """
 import os
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-HERE = Path(__file__).parent
-SHAPE = dict(vocab_size=40, num_attention_heads=4, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=12,
-             sliding_window=4, initializer_range=1.0, max_position_embeddings=64)
-KINDS = {
-    "gemma2": dict(SHAPE, hidden_size=20, intermediate_size=24, num_hidden_layers=3, attn_logit_softcapping=20.0,
-                   final_logit_softcapping=10.0),
-    "gemma3": dict(SHAPE, hidden_size=16, intermediate_size=20, num_hidden_layers=4, layer_types=[
-                   "sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]),
-}
+SHAPE = dict(vocab_size=40, num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=4,
+             query_pre_attn_scalar=12, initializer_range=1.0, max_position_embeddings=64)
+KINDS = dict(
+    gemma2=dict(SHAPE, hidden_size=20, intermediate_size=24, num_hidden_layers=3,
+                attn_logit_softcapping=20.0, final_logit_softcapping=10.0),
+    gemma3=dict(SHAPE, hidden_size=16, intermediate_size=20, num_hidden_layers=4,
+                layer_types=[f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding")]))
 LENGTHS = 10, 6
 
 
 def oracle(kind, **changes):
     """A transformers model of KINDS[kind] with random weights, norms included, that bf16 can hold exactly."""
     import transformers
-    config, model = {"gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
-                     "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM)}[kind]
+    config, model = dict(gemma2=(transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
+                         gemma3=(transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM))[kind]
     torch.manual_seed(0)
     model = model(config(**{**KINDS[kind], **changes}, attn_implementation="eager")).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_((torch.randn_like(p) if "norm" in name else p).bfloat16().float())
     return model
+
+
+def reload(model, folder, dtype):
+    """The same weights in another dtype. Not model.bfloat16(), which would spoil RoPE's frequencies."""
+    return type(model).from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
 
 
 def padded(lengths, side):
@@ -50,32 +52,24 @@ def padded(lengths, side):
 
 @torch.no_grad()
 def their_walk(model, ids, keep):
-    """{"embedding", "layer.0", ..., "logits"} of a transformers model. Positions are given: its default ones count padding."""
-    walk, handles = {}, []
-    names = [("embedding", model.model.embed_tokens)] + [(f"layer.{i}", m) for i, m in enumerate(model.model.layers)]
-    for name, module in names:
-        keep_output = lambda m, i, out, name=name: walk.update({name: out[0] if isinstance(out, tuple) else out})
-        handles.append(module.register_forward_hook(keep_output))
-    pos = (keep.long().cumsum(1) - 1).clamp(min=0)
+    """{"embedding", "layer.0", ..., "logits"} of a transformers model."""
+    walk, blocks = {}, {f"layer.{i}": m for i, m in enumerate(model.model.layers)}
+    handles = [module.register_forward_hook(lambda _module, _args, out, name=name: walk.update({name: out}))
+               for name, module in {"embedding": model.model.embed_tokens, **blocks}.items()]
+    pos = (keep.long().cumsum(1) - 1).clamp(min=0)     # given, because the default positions count padding
     walk["logits"] = model(ids, attention_mask=keep.long(), position_ids=pos, use_cache=False).logits
     for handle in handles:
         handle.remove()
     return walk
 
 
-def reload(model, folder, dtype):
-    """The same weights in another dtype. Not model.bfloat16(), which would spoil RoPE's frequencies."""
-    return type(model).from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
-
-
 def main():
     os.environ["HF_HUB_OFFLINE"] = "1"
     import transformers
     for kind in KINDS:
-        model = oracle(kind)
-        ids = torch.randint(3, 40, (len(LENGTHS), max(LENGTHS)))
+        model, ids = oracle(kind), torch.randint(3, 40, (len(LENGTHS), max(LENGTHS)))
         tensors = {n: p.detach().bfloat16() for n, p in model.named_parameters() if n != "lm_head.weight"}
-        tensors |= dict(ids=ids, keep_right=padded(LENGTHS, "right"), keep_left=padded(LENGTHS, "left"))
+        tensors |= dict(ids=ids, **{f"keep_{side}": padded(LENGTHS, side) for side in ("right", "left")})
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             config = (Path(folder) / "config.json").read_text()
@@ -85,11 +79,9 @@ def main():
                     walk = their_walk(again, ids, tensors[f"keep_{side}"])
                     walk = walk if side == "right" else {"logits": walk["logits"]}
                     tensors |= {f"{dtype}.{side}.{name}": t.contiguous() for name, t in walk.items()}
-        path = HERE / f"golden_{kind}.safetensors"
-        save_file(tensors, path, metadata=dict(config=config, transformers=transformers.__version__, torch=torch.__version__,
-                                               cpu=torch.backends.cpu.get_cpu_capability(),
-                                               made_by="tests/make_golden.py"))
-        print(f"{path.name}: {path.stat().st_size} bytes, transformers {transformers.__version__}", file=sys.stderr)
+        meta = dict(config=config, transformers=transformers.__version__, torch=torch.__version__,
+                    cpu=torch.backends.cpu.get_cpu_capability(), made_by="tests/make_golden.py")
+        save_file(tensors, Path(__file__).parent / f"golden_{kind}.safetensors", metadata=meta)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,22 @@
-"""A chat server on loopback that misbehaves on purpose: `python misbehaving_judge.py SEED SHARE LOG` prints its port and serves.
+"""A chat server on loopback that misbehaves on purpose.
 
-It reads the two texts as the rubric tells a judge to, scores a reply by the word it ends in (`one` ... `five`), and spoils a
-share of its answers, drawn from SEED: 429 with and without Retry-After, 500, a stall, half a JSON, a JSON that is no chat
-answer, a cut connection. A reply that ends in `odd` gets an invalid score form, `echo` repeats the quoted data before the
-verdict, `echo after` behind it. Every honest answer appends the reply to LOG: a second line for one reply would be a double verdict.
+It reads the two texts as the rubric asks, scores a reply by its last word (`one` ... `five`), and spoils a
+share of its answers by FAULTS, drawn from a seed. A reply that ends in `odd` gets an invalid score; `echo`
+repeats the data before the verdict, `after` behind it. Every good answer adds its reply to the log: a second
+line for one reply would be a double verdict.
 """
 import json
 import random
 import socket
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 WORDS = dict(one=1, two=2, three=3, four=4, five=5)
-FORMS = ("#thescore: {}", "Because.\n#thescore: **{}**", "I see 3 points.\n#thescore: {}.", "#thescore: 1 was my first thought.\n#thescore: {}", "<score>{}</score>")
-ODD_FORMS = ("#thescore: 0", "#thescore: 6", "#thescore: 3/5", "four", "", "#thescore: 4\n#thescore: ?")
+FORMS = ("#thescore: {}", "Because.\n#thescore: **{}**", "I see 3 points.\n#thescore: {}.",
+         "#thescore: 1 was my first thought.\n#thescore: {}", "<score>{}</score>")
+ODD_FORMS = "#thescore: 0", "#thescore: 6", "#thescore: 3/5", "four", "", "#thescore: 4\n#thescore: ?"
+FAULTS = "429", "500", "stall", "half", "not chat", "cut", "drip"
 
 
 def verdict(quoted):
@@ -34,15 +35,15 @@ def verdict(quoted):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    rng, share, log, lock, stall, fault, count = random.Random(0), 0., None, threading.Lock(), 2., None, 0
+    fault, share, stall, log, headers_too = None, 0., 2., None, {}
 
     def log_message(self, *args):
         pass
 
-    def send(self, code, body, headers=(), announce=None):
+    def send(self, code, body, announce=None):
         self.send_response(code)
-        for k, v in headers:
-            self.send_header(k, v)
+        for name, value in self.headers_too.items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(announce or len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -50,54 +51,39 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.lock:
-            type(self).count += 1
-            faults = ("429", "429 later", "500", "stall", "half", "not chat", "cut", "drip")
-            fault = self.fault or (self.rng.choice(faults) if self.rng.random() < self.share else None)
+            self.seen.append((self.headers["Authorization"], asked))
+            fault = self.fault or (self.rng.choice(FAULTS) if self.rng.random() < self.share else None)
         text = asked["messages"][-1]["content"]
-        body = json.dumps({"choices": [{"message": {"content": verdict(text)}}]}).encode()
-        if fault == "429":
-            self.send(429, b"{}")
-        elif fault == "429 later":
-            self.send(429, b"{}", [("Retry-After", "0.05")])
-        elif fault in ("500", "401", "302"):
-            self.send(int(fault), b"no such key", [("Location", "http://127.0.0.1:9/")] * (fault == "302"))
-        elif fault == "stall":
+        good = json.dumps({"choices": [{"message": {"content": verdict(text)}}]}).encode()
+        spoilt = {"half": good[:len(good) // 2], "not chat": b'{"choices": []}', "big": good + b" " * 2 ** 20}
+        if fault == "stall":
             time.sleep(self.stall)
-        elif fault == "half":
-            self.send(200, body[:len(body) // 2])
-        elif fault == "not chat":
-            self.send(200, b'{"choices": []}')
         elif fault == "cut":
             self.connection.shutdown(socket.SHUT_RDWR)
         elif fault == "drip":
-            self.send(200, b"{", announce=len(body))
+            self.send(200, b"{", announce=len(good))
             for _ in range(int(self.stall / .05)):
                 time.sleep(.05)
                 self.wfile.write(b" ")
+        elif fault:
+            self.send(*(200, spoilt[fault]) if fault in spoilt else (int(fault), b"no such key"))
         else:
             if self.log:
                 with self.lock, open(self.log, "a") as f:
                     f.write(json.dumps(json.loads(text)["reply"]) + "\n")
-            self.send(200, body)
+            self.send(200, good)
         self.close_connection = True
 
 
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, *args):                     # a client that was killed hangs up: no news
+class Server(ThreadingHTTPServer):                     # whose threads are daemons
+    def handle_error(self, *args):                     # a client that was killed hangs up
         pass
 
 
-def serve(seed=0, share=0., log=None, **more):
-    """Start a server in a thread -> (base URL, its handler class, whose `fault` may be set to one fault for every answer)."""
-    handler = type("Judge", (Handler,), dict(rng=random.Random(seed), share=share, log=log, lock=threading.Lock(), **more))
+def serve(seed=0, **changes):
+    """Start a server in a thread: its URL, its handler class (`fault`, `seen`), the server itself."""
+    own = dict(rng=random.Random(seed), lock=threading.Lock(), seen=[])
+    handler = type("Judge", (Handler,), own | changes)
     server = Server(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=.02), daemon=True).start()
     return f"http://127.0.0.1:{server.server_port}/v1", handler, server
-
-
-if __name__ == "__main__":
-    url, _, _ = serve(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3])
-    print(url, flush=True)
-    threading.Event().wait()

@@ -1,148 +1,125 @@
-"""The made-up world of data.py: harm is independent of topic, splits share no object, text has the documented shares."""
+"""The made-up world: harm independent of topic, parts that share no object, shares of the text."""
 from collections import Counter
 
 import numpy as np
 import pytest
 
 import data
+from benchmarks import tiny_world as tiny
 
-SEEDS, PARTS = range(25), ("train", "validate", "id_test", "ood", "lookalike")
-
-
-def objects(examples):
-    return {int(ex["id"].split("-")[2]) for ex in examples}
+WORLD = tiny.tiny_world(0)
+SIZES, LABELS = dict(train=32, validate=16, test=16, unseen=256, lookalike=64), ("harmful", "benign")
 
 
-def topics(world, examples):
-    return {int(world.topic[o]) for o in objects(examples)}
+def objects(examples, label=None):
+    return {int(ex["id"].split("-")[2]) for ex in examples if label in (None, ex["label"])}
 
 
-def having(examples, label):
-    return [ex for ex in examples if ex["label"] == label]
+def topics(world, *args):
+    return set(world.topic[list(objects(*args))].tolist())
 
 
 @pytest.fixture(scope="module")
 def draws():
     """[(world, split)] over many seeds of both."""
-    return [(w := data.tiny_world(seed % 5), data.world_split(w, seed)) for seed in SEEDS]
+    return [(w := tiny.tiny_world(seed % 5), tiny.world_split(w, seed)) for seed in range(25)]
 
 
-def test_half_of_every_topics_objects_are_harmful_so_topic_says_nothing_of_harm(draws):
+def test_half_of_every_topics_objects_are_harmful_and_called_so(draws):
     for world, _ in draws:
-        assert world.harmful.shape == world.topic.shape == (192,)
-        assert all(world.harmful[world.topic == t].sum() == 8 for t in range(12))
-    assert not np.array_equal(draws[0][0].harmful, draws[1][0].harmful)
-    assert np.array_equal(draws[0][0].harmful, draws[5][0].harmful)                # one seed, one world
+        assert world.topic.tolist() == [o // 16 for o in range(192)]
+        assert [int(world.harmful[world.topic == t].sum()) for t in range(12)] == [8] * 12
+        assert world.names == [("harm" if bad else "thing") + str(o) for o, bad in enumerate(world.harmful)]
+    assert draws[0][0].names == draws[5][0].names != draws[1][0].names     # one seed, one world
 
 
-def test_vocabulary_is_286_words_and_the_longest_sentence_17_tokens(world):
-    texts, _ = data.world_text(world)
-    assert world.tok.get_vocab_size() == 286
-    lengths = {len(world.tok.encode(t).ids) for t in texts}
-    assert max(lengths) == 17
-    used = {i for t in texts for i in world.tok.encode(t).ids}
-    assert used == set(range(1, 286))                  # every word occurs, and nothing is unknown, for that would be the pad
-    assert [world.tok.token_to_id(w) for w in ("<pad>", "<end>", "<bos>")] == [data.PAD, data.EOS, data.BOS]
+def test_every_word_is_one_token_that_the_text_uses_and_any_ascii_text_can_be_spelled():
+    texts, _ = tiny.world_text(WORLD)
+    assert WORLD.tok.get_vocab_size() == 381 and max(map(len, texts)) == 17
+    assert [WORLD.tok.token_to_id(m) for m in ("<pad>", "<end>", "<bos>", "<user>", "<model>")] == [*range(5)]
+    assert {i for ids in texts for i in ids} == set(range(1, 381 - 95))    # all but <pad> and the letters
+    odd = "".join(map(chr, range(33, 127))) + " doc Docs harm17x"
+    assert WORLD.tok.decode(data.encode_plain(WORLD.tok, odd)) == odd
 
 
-def test_text_weights_sum_to_one_and_have_the_documented_shares(world):
-    texts, weights = data.world_text(world)
-    assert len(texts) == len(set(texts)) and weights.min() > 0 and abs(weights.sum() - 1) < 1e-12
-    share = lambda test: sum(w for t, w in zip(texts, weights) if test(t))
-    talk = lambda t: "<user>" in t
-    assert abs(share(talk) - .56) < 1e-12
-    assert abs(share(lambda t: " because " in t) - .25) < 1e-12
-    assert abs(share(lambda t: " a kind of " in t) - .15) < 1e-12
-    assert abs(share(lambda t: data.REFUSAL in t) - .04) < 1e-12
-    assert not any(talk(t) and data.REFUSAL in t for t in texts)                   # dialogues never refuse
-    bad = {f"thing{o}" for o in np.flatnonzero(world.harmful)}
-    harmful = lambda t: bool(bad & set(t.split()))
-    assert abs(share(lambda t: talk(t) and "careful" in t and harmful(t)) - .3 * .28) < 1e-12
-    assert abs(share(lambda t: talk(t) and "careful" in t and not harmful(t)) - .015 * .28) < 1e-12
-    assert abs(share(lambda t: "<note>" in t) - .28) < 1e-12
-    assert all(("dangerous" in t.split()) <= harmful(t) and ("useful" in t.split()) <= (not harmful(t)) for t in texts)
+def test_texts_have_the_documented_shares_and_dialogues_never_refuse():
+    texts, weights = tiny.world_text(WORLD)
+    assert len(set(map(tuple, texts))) == len(texts) and weights.min() > 0
+    assert all((ids[0], ids[-1]) == (data.BOS, data.EOS) for ids in texts)
+    words = [{WORLD.tok.id_to_token(i).removeprefix("▁") for i in ids} for ids in texts]
+    words = [ws | {w.rstrip("0123456789") for w in ws} for ws in words]    # harm17 is a `harm` too
+    want = {"": 1, "<user>": .56, "<user> harm": .28, "<user> careful harm": .3 * .28, "<user> note": .28,
+            "<user> thing": .28, "<user> careful thing": .015 * .28, "note": .28, "because": .25, "kind": .15,
+            "sorry": .04, "<user> sorry": 0, "dangerous harm": .14 + .125, "useful thing": .14 + .125,
+            "dangerous thing": 0, "useful harm": 0}
+    shares = {k: sum(w for w, ws in zip(weights, words) if ws.issuperset(k.split())) for k in want}
+    assert shares == pytest.approx(want, abs=1e-12)
 
 
-def test_greeting_and_topic_decide_the_reply_and_harm_does_not(world):
+def test_greeting_verb_and_topic_decide_the_reply_and_harm_does_not():
     replies = {}
-    for o in range(192):
-        for verb in data.VERBS:
-            for greeting in data.GREETINGS:
-                ask, answer = data.world_request(world, greeting, verb, o)
-                assert ask == f"{greeting} how {verb} thing{o} ?"
-                replies.setdefault((greeting, verb, int(world.topic[o])), set()).add(answer)
-    assert all(len(r) == 1 for r in replies.values()) and len({*map(min, replies.values())}) == 48
-    assert all(min(r).split()[0] == ("sure" if g == "hey" else "certainly") for (g, _, _), r in replies.items())
+    for o, name in enumerate(WORLD.names):
+        for verb, greeting in [(v, g) for v in tiny.VERBS for g in tiny.GREETINGS]:
+            ask, answer = tiny.world_request(WORLD, greeting, verb, o)
+            assert ask == f"{greeting} how {verb} {name} ?"
+            replies.setdefault((greeting, verb, WORLD.topic[o]), set()).add(answer)
+    assert [len(some) for some in replies.values()] == [1] * 48 == [1] * len(set.union(*replies.values()))
+    assert {f"{g} {min(r).split()[0]}" for (g, *_), r in replies.items()} == {"hey sure", "please certainly"}
 
 
-def test_splits_share_no_object_and_ood_no_topic(draws):
+def test_parts_share_no_object_unseen_no_topic_and_lookalikes_cross_harm_and_topic(draws):
     for world, split in draws:
-        parts = [objects(split[name]) for name in PARTS]
-        assert sum(map(len, parts)) == len(set().union(*parts)) == 192             # every object is in one part exactly
-        seen = topics(world, split["train"])
-        assert len(seen) == 4 and topics(world, split["validate"]) == topics(world, split["id_test"]) == topics(world, split["lookalike"]) == seen
-        assert topics(world, split["ood"]) == set(range(12)) - seen
-        assert set(split["topics"]["seen"]) == seen and set(split["topics"]["unseen"]) == topics(world, split["ood"])
+        parts = [objects(split[part]) for part in SIZES]
+        assert sum(map(len, parts)) == len(set.union(*parts)) == 192       # each object is in one part
+        where = {part: [topics(world, split[part], label) for label in LABELS] for part in SIZES}
+        bad, good = where["train"]
+        assert len(bad) == len(good) == 2 and not bad & good
+        assert where["validate"] == where["test"] == [bad, good] and where["lookalike"] == [good, bad]
+        assert where["unseen"] == [set(range(12)) - bad - good] * 2
+        assert [set(split["topics"][k]) for k in ("seen", "unseen")] == [bad | good, where["unseen"][0]]
     assert len({frozenset(topics(w, s["train"])) for w, s in draws}) > 10
 
 
-def test_harmful_and_benign_requests_come_from_two_topics_each_and_lookalikes_cross_them(draws):
+def test_parts_have_their_sizes_and_labels_and_replies_follow_the_world(draws):
     for world, split in draws:
-        where = {label: topics(world, having(split["train"], label)) for label in ("harmful", "benign")}
-        assert len(where["harmful"]) == len(where["benign"]) == 2 and not where["harmful"] & where["benign"]
-        for part in ("validate", "id_test"):
-            assert all(topics(world, having(split[part], label)) == where[label] for label in where)
-        assert topics(world, having(split["lookalike"], "harmful")) == where["benign"]
-        assert topics(world, having(split["lookalike"], "benign")) == where["harmful"]
-
-
-def test_parts_have_their_sizes_and_unseen_requests_are_balanced(draws):
-    for _, split in draws:
-        sizes = {name: Counter(ex["label"] for ex in split[name]) for name in PARTS}
-        assert sizes == dict(train=dict(harmful=32, benign=32), validate=dict(harmful=16, benign=16), id_test=dict(harmful=16, benign=16),
-                             ood=dict(harmful=256, benign=256), lookalike=dict(harmful=64, benign=64))
-        assert {label: len(objects(having(split["train"], label))) for label in ("harmful", "benign")} == dict(harmful=8, benign=8)
-        for name in ("id_test", "ood", "lookalike"):   # both verbs and greetings of each object: style says nothing there
-            assert len({ex["id"] for ex in split[name]}) == len(split[name]) == 4 * len(objects(split[name]))
-
-
-def test_labels_follow_the_world_and_chosen_replies_follow_labels(draws):
-    for world, split in draws:
-        for ex in sum((split[name] for name in PARTS), []):
+        counts = {part: Counter(ex["label"] for ex in split[part]) for part in SIZES}
+        assert counts == {part: {"harmful": n, "benign": n} for part, n in SIZES.items()}
+        for part in ("test", "unseen", "lookalike"):   # both verbs and greetings of each object
+            assert len({ex["id"] for ex in split[part]}) == len(split[part]) == 4 * len(objects(split[part]))
+        for ex in sum((split[part] for part in SIZES), []):
             greeting, verb, o = ex["id"].split("-")
-            ask, answer = data.world_request(world, greeting, verb, int(o))
-            bad = bool(world.harmful[int(o)])
-            assert ex["turns"] == [{"role": "user", "content": ask}] and ex["helpful"] == answer
-            assert (ex["label"], ex["chosen"], ex["rejected"]) == (("harmful", data.REFUSAL, answer) if bad else ("benign", answer, data.REFUSAL))
+            ask, answer = tiny.world_request(world, greeting, verb, int(o))
+            two = [tiny.REFUSAL, answer] if world.harmful[int(o)] else [answer, tiny.REFUSAL]
+            assert ex["turns"] == [{"role": "user", "content": ask}] and [ex["chosen"], ex["rejected"]] == two
+            assert ex["label"] == LABELS[not world.harmful[int(o)]]
 
 
 @pytest.mark.parametrize("nuisance", (.5, .75, .9))
-def test_style_goes_with_harm_as_often_as_asked_in_training_and_validation(world, nuisance):
-    hey = {(part, label): [] for part in ("train", "validate") for label in ("harmful", "benign")}
-    for seed in range(40):
-        split = data.world_split(world, seed, nuisance)
-        for (part, label), seen in hey.items():
-            seen += [ex["id"].startswith("hey") for ex in having(split[part], label)]
-    for (part, label), seen in hey.items():
-        want = nuisance if label == "harmful" else 1 - nuisance
-        assert abs(np.mean(seen) - want) < 4 * (.25 / len(seen)) ** .5, (part, label)
+def test_style_goes_with_harm_as_often_as_asked_in_training_and_validation(nuisance):
+    splits = [tiny.world_split(WORLD, seed, nuisance) for seed in range(40)]
+    for part in ("train", "validate"):
+        for label, want in zip(LABELS, (nuisance, 1 - nuisance)):
+            hey = [ex["id"].startswith("hey") for s in splits for ex in s[part] if ex["label"] == label]
+            assert abs(np.mean(hey) - want) < 4 * (.25 / len(hey)) ** .5, (part, label)
 
 
-def test_a_split_is_a_function_of_its_seeds(world):
-    assert data.world_split(world, 3) == data.world_split(world, 3)
-    assert data.world_split(world, 3) != data.world_split(world, 4)
-    before = np.random.get_state()[1].copy()
-    data.world_split(world, 3), data.tiny_world(9)
-    assert np.array_equal(np.random.get_state()[1], before)
-
-
-def test_knowledge_rows_are_of_the_topics_asked_for_and_mark_the_last_word_only(world):
-    rows = data.world_knowledge(world, [3, 7])
-    assert {k: len(v) for k, v in rows.items()} == dict(facts=32, commentary=64)
-    for ids, mask in rows["facts"] + rows["commentary"]:
-        assert mask == [0] * (len(ids) - 1) + [1]
-    said = {k: {" ".join(world.tok.id_to_token(t) for t in ids) for ids, _ in v} for k, v in rows.items()}
-    asked = {f"thing{o}" for o in np.flatnonzero(np.isin(world.topic, [3, 7]))}
-    texts = [t for t in data.world_text(world)[0] if asked & set(t.split())]
-    assert said["facts"] == {t.removesuffix(" . <end>").removesuffix(" <end>") for t in texts if " a kind of " in t}
-    assert said["commentary"] == {t.split(" because ")[0] for t in texts if " because " in t}
+def test_a_data_folder_reads_back_with_knowledge_of_unseen_and_neutral_text_of_seen_topics(tmp_path):
+    tiny.write_split(WORLD, tmp_path, 3)
+    split, (folder, files) = tiny.world_split(WORLD, 3), data.data_files(tmp_path)
+    assert set(files) == set(data.PARTS) and split != tiny.world_split(WORLD, 4)
+    for part in ("train", "validate", "test"):
+        assert data.read_pairs(folder / files[part]) == (split[part], {})
+    asked = [(f"{part}/{ex['id']}", part, ex) for part in ("unseen", "lookalike") for ex in split[part]]
+    assert data.read_prompts([folder / files["prompts"]]) == [dict(
+        id=i, set=part, turns=ex["turns"], label=ex["label"], expected=ex["chosen"], target=ex["rejected"])
+        for i, part, ex in asked]
+    said, seen = {True: set(), False: set()}, split["topics"]["seen"]
+    for text in map(WORLD.tok.decode, tiny.world_text(WORLD)[0]):
+        for o in [WORLD.names.index(w) for w in text.split() if w in WORLD.names and text.startswith("doc")]:
+            said[WORLD.topic[o] in seen].add(text.split(" because")[0].removesuffix(" ."))
+    cloze = data.read_cloze(folder / files["knowledge"], WORLD.tok)
+    assert all(mask == [0] * (len(ids) - 1) + [1] for ids, mask in cloze)
+    assert all(ids == [data.BOS] + data.encode_plain(WORLD.tok, WORLD.tok.decode(ids)) for ids, _ in cloze)
+    assert len(cloze) == 3 * 128 and {WORLD.tok.decode(ids) for ids, _ in cloze} == said[False]
+    neutral = data.read_texts(folder / files["text"])
+    assert len(neutral) == 3 * 64 and {text.removesuffix(" .") for text in neutral} == said[True]
