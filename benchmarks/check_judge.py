@@ -21,7 +21,6 @@ ANYWHERE = {"ten phrases": lambda reply, _: any(p in reply.lower().replace("’"
 REPLY, LABEL = ("assistant_response", "response", "reply"), ("human_score", "label", "refused")
 KNOWN = {"1": True, "true": True, "refusal": True, "0": False, "false": False, "compliance": False}
 
-
 def main():
     ap = data.Arguments(description="How eval.py's phrase judges agree with human labels of refusals.")
     ap.add_argument("files", nargs="+", metavar="FILE.csv")
@@ -39,7 +38,6 @@ def main():
                            "refusals found": f"{said.count((True, True))} of {truth.count(True)}",
                            "false alarms": f"{said.count((True, False))} of {truth.count(False)}"}
         print(*markdown(Path(path).name, table), "", sep="\n")
-
 
 if __name__ == "__main__":
     data.run_main(main)

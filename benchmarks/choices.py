@@ -17,7 +17,6 @@ from data import need
 
 LETTERS = "ABCDEFGHIJ"
 
-
 def read_choices(path):
     """[(question, choices, index of the right one)]; UserError for a row that is none."""
     if Path(path).suffix == ".csv":  # question, choices, the right letter, with or without a header
@@ -36,7 +35,6 @@ def read_choices(path):
         out.append((question.strip(), choices, answer))
     return out
 
-
 def choice_accuracy(model, tok, path, template, batch_size=16):
     """Share of questions whose right letter is the likeliest reply, dict n, value (an interval)."""
     questions, texts = read_choices(path), []
@@ -50,7 +48,6 @@ def choice_accuracy(model, tok, path, template, batch_size=16):
     at = np.cumsum([0] + [len(choices) for _, choices, _ in questions])
     right = [int(lp[a:b].argmax()) == answer for a, b, (_, _, answer) in zip(at, at[1:], questions)]
     return dict(n=len(right), value=evaluation.interval(right))
-
 
 def main():
     ap = data.Arguments(description="Multiple choice by the likeliest letter.")
@@ -68,7 +65,6 @@ def main():
     template = args.template or data.default_template(args.model, tok)
     found = choice_accuracy(model, tok, args.choices, template, args.batch_size)
     print("\n".join(evaluation.markdown("measure", {"multiple choice, accuracy": found})))
-
 
 if __name__ == "__main__":
     data.run_main(main)

@@ -12,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import eval as ev
 
-
 def read_run(folder):
     """({id: response}, {judge: {id: verdict}} of the judges that have judged every response)."""
     files = [Path(folder) / f"{name}.jsonl" for name in ("responses", "verdicts")]
@@ -22,7 +21,6 @@ def read_run(folder):
     for v in verdicts:
         judges.setdefault(v["judge"], {})[v["id"]] = v
     return dict(zip(ids, rows)), {name: said for name, said in judges.items() if said.keys() >= set(ids)}
-
 
 def compare(folder, other):
     """{judge: {set and measure: its row}}; UserError where the two runs cannot be paired."""
@@ -45,14 +43,12 @@ def compare(folder, other):
                                    "OTHER": rates[1], "difference": ev.interval(change)}
     return judges
 
-
 def main():
     ap = data.Arguments(description="Compare two runs over the same prompts, prompt by prompt.")
     ap.add_argument("folder", metavar="DIR")
     ap.add_argument("other", metavar="OTHER")
     for judge, table in compare(**vars(ap.parse_args())).items():
         print(f"## Judge: {judge}", "", *ev.markdown("prompts", table), "", sep="\n")
-
 
 if __name__ == "__main__":
     data.run_main(main)

@@ -21,7 +21,6 @@ import eval as evaluation
 import model_gemma
 from data import UserError, need
 
-
 class Slot:
     """One prompt with room for a suffix: ids before it, the suffix, then the turn's end and the target."""
 
@@ -77,7 +76,6 @@ class Slot:
         ids = torch.tensor(suffixes, dtype=torch.long, device=self.body.device)
         return torch.cat([self.loss(self.model.embed(part)).float().cpu() for part in ids.split(self.batch)])
 
-
 def repeat(cache, n):
     """A cache for n rows that begin with this one's single row, as views."""
     out = model_gemma.KVCache()
@@ -85,14 +83,12 @@ def repeat(cache, n):
     out.pos, out.keep = cache.pos.expand(n, -1), cache.keep.expand(n, -1)
     return out
 
-
 def typeable(tok, vocab_size):
     """(V,) bool: tokens that stand for plain printable ASCII, no markers: what a person could type."""
     n = min(tok.get_vocab_size(), vocab_size)
     texts = tok.decode_batch([[i] for i in range(n)], skip_special_tokens=True)
     plain = lambda t: t.strip() and t.isascii() and t.isprintable() and not re.fullmatch(r"\s*<.*>\s*", t)
     return F.pad(torch.tensor([bool(plain(t)) for t in texts]), (0, vocab_size - n))
-
 
 def gcg(slot, steps, width, topk=256, seed=0):
     """Greedy coordinate gradient: dict suffix, losses (first the start's, then per step), best, best_suffix.
@@ -115,12 +111,13 @@ def gcg(slot, steps, width, topk=256, seed=0):
         s["losses"].append(float(loss.min()))
     return s | dict(best=min(s["losses"]))
 
-
 def attack(model, tok, prompts, path, template, target, steps, width, length, seed):
     """GCG on every prompt that the file at `path` lacks; a row each, with the suffix and the loss curve."""
-    done = {row["id"] for _, row in data.read_rows(path, growing=True)}
+    rows = [row for _, row in data.read_rows(path, growing=True)]
+    done = {row["id"] for row in rows}
     todo = [dict(p, target=p["target"] or target) for p in prompts if f"{p['id']}+GCG" not in done]
     need(all(p["target"] for p in todo), "give a reply to aim at: a column target or --target TEXT")
+    data.write_rows(path, rows)  # without the half line that a kill may have left
     allowed = typeable(tok, model.config.vocab_size).to(model.device)
     for p in data.progress(todo, desc="attack", disable=None):
         slot = Slot(model, tok, p["turns"], p["target"], template, length, allowed)
@@ -130,7 +127,6 @@ def attack(model, tok, prompts, path, template, target, steps, width, length, se
                    prompt=slot.typed(s["best_suffix"]), loss_without_suffix=float(slot.losses([[]])),
                    loss=s["best"], losses=s["losses"], suffix=suffix, suffix_ids=s["best_suffix"])
         data.append_rows(path, [row])
-
 
 def main():
     ap = data.Arguments(description="Attack a model with GCG; write the attacked prompts.")
@@ -157,7 +153,6 @@ def main():
     args.out.parent.mkdir(parents=True, exist_ok=True)
     data.same_settings(args.out.with_suffix(".json"), notes | how | dict(template=template))
     attack(model, tok, prompts, args.out, template, **how)
-
 
 if __name__ == "__main__":
     data.run_main(main)

@@ -29,7 +29,6 @@ RAW = dict(model_type="gemma2", hidden_size=512, num_hidden_layers=8, intermedia
            architectures=["Gemma2ForCausalLM"])
 BATCH, T, SUPERVISED = 8, 128, 64
 
-
 def prepare(folder):
     """Write the model and the adapter that both sides start from."""
     import lora
@@ -43,7 +42,6 @@ def prepare(folder):
     lora.init_lora(model)
     lora.save_adapter(model, folder / "adapter")
 
-
 def ours(folder):
     """(trainable parameters, function from a batch of ids to the loss)"""
     import lora
@@ -53,7 +51,6 @@ def ours(folder):
     mask = [0] * (T - SUPERVISED) + [1] * SUPERVISED
     return ([p for _, p in lora.trainable(model)],
             lambda ids: model.reply_nll([(row, mask) for row in ids.tolist()])[0].mean())
-
 
 def peers(folder):
     """The same with transformers and PEFT."""
@@ -67,7 +64,6 @@ def peers(folder):
         labels[:, :T - SUPERVISED] = -100
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, use_cache=False).loss
     return [p for p in model.parameters() if p.requires_grad], loss
-
 
 def one_side(name, folder, steps):
     """Train a few steps and print one JSON line: seconds of each step after the first, losses, peak memory."""
@@ -86,7 +82,6 @@ def one_side(name, folder, steps):
         losses.append(loss.item())
     print(json.dumps(dict(seconds=seconds[1:], losses=losses, trained=sum(p.numel() for p in params),
                           peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)))
-
 
 def main():
     ap = argparse.ArgumentParser(description="One LoRA step, ours against transformers + PEFT.")
@@ -116,7 +111,6 @@ def main():
     ours_mb, peers_mb = (statistics.median(r["peak_mb"] for r in runs[side]) for side in runs)
     print(f"seconds a step: ours {ours_s:.3f}, transformers + PEFT {peers_s:.3f}: {peers_s / ours_s:.2f} times as fast")
     print(f"peak memory, MB: ours {ours_mb:.0f}, transformers + PEFT {peers_mb:.0f}: {ours_mb / peers_mb:.2f} of it")
-
 
 if __name__ == "__main__":
     main()

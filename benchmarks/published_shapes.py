@@ -37,11 +37,9 @@ SAE_LAYERS = {"2b": (5, 10, 15, 20), "9b": (10, 15, 20, 25, 30)}
 SHARD = 2e9                                            # bytes; the hub's shards are up to 5 GB
 PROBE = torch.arange(5, 69)[None] % 280                # 64 token ids
 
-
 def on_meta(size):
     with torch.device("meta"):
         return model_gemma.Gemma(model_gemma.config_from_json(SIZES[size]))
-
 
 def write(folder, size):
     """Checkpoint, SAEs, tokenizer and preference data; one shard in memory at a time."""
@@ -78,7 +76,6 @@ def write(folder, size):
     said = lambda n: " ".join(rng.choice(words, n))
     data.write_text(folder / "pairs.jsonl", "".join(json.dumps(dict(prompt=said(60), chosen=said(60), rejected=said(60))) + "\n" for _ in range(40)))
 
-
 class Stage:
     """Time a stage and sample the process's resident size meanwhile; prints one line."""
 
@@ -101,10 +98,8 @@ class Stage:
         gpu = f", {torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU so far" if torch.cuda.is_initialized() else ""
         print(f"{self.name:24s} {seconds:8.1f} s   peak {max(self.peak, resident()) / 1e9:6.2f} GB resident{gpu}", flush=True)
 
-
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
 
 def walk(folder, size, device):
     """Every stage, on our side."""
@@ -140,7 +135,6 @@ def walk(folder, size, device):
     assert torch.equal(again, trained) and not torch.equal(again, base) and all(len(r) == 16 for r in replies)
     print("reloaded logits equal the trained model's to the last bit, and differ from the base's")
 
-
 def compare(folder, device):
     """transformers' logits on the same files, against ours."""
     import transformers
@@ -151,7 +145,6 @@ def compare(folder, device):
     ours = load_file(folder / "logits.safetensors")["logits"]
     print(f"logits, ours against transformers {transformers.__version__}: largest difference {(ours - theirs).abs().max():.3g} "
           f"at a size of {theirs.abs().max():.3g}; {(ours == theirs).float().mean():.2%} equal to the last bit")
-
 
 def main():
     ap = argparse.ArgumentParser(description="Time and memory of every stage at the published sizes, with random weights.")
@@ -174,7 +167,6 @@ def main():
         done = subprocess.run([sys.executable, __file__, str(args.folder), "--size", args.size, "--device", args.device, "--stage", stage])
         if done.returncode:
             sys.exit(f"stage {stage} failed")
-
 
 if __name__ == "__main__":
     main()

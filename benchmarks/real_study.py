@@ -47,14 +47,12 @@ NORM_AWARE, FROZEN, ONE_LAYER, ENCODER, NO_MEAN, PROMPTS, LONG = VARIANTS = (
     "contrast of prompts", f"{LONG_STEPS} steps")
 DONT_KNOW = re.compile(r"\bi(?: a|')?m not sure|\bi (?:do not|don'?t|didn'?t) (?:really )?(?:know|understand)", re.I)
 
-
 # ------------------------------------------------------------------------------------------------- data and the model
 def settings(args):
     """train.py's settings for this model."""
     words = ["--model", args.model, "--data", args.data, "--sae", "fit", "--layers", ",".join(map(str, LAYERS)), "--template", "hh", "--dtype", "bfloat16",
              "--device", "cpu", "--out", str(args.out), "--steps", str(STEPS), "--batch", str(BATCH), "--micro", str(BATCH), "--resume"]
     return train.settle(train.parser().parse_args(words + ["--fit-text", str(args.text)]))
-
 
 @functools.cache
 def opened(model_spec, data_spec, prompts):
@@ -75,7 +73,6 @@ def opened(model_spec, data_spec, prompts):
     looks = evaluation.read_prompts([prompts])
     return SimpleNamespace(model=model, tok=tok, parts=parts, rows=short, own=own, looks=looks[2 * FIRST:], first=looks[:2 * FIRST])
 
-
 @contextlib.contextmanager
 def own_vocabulary(model, own):
     """Inside, the model has only the ids in `own`: embeddings and head shrink to those rows, and rows' ids count them."""
@@ -85,7 +82,6 @@ def own_vocabulary(model, own):
         yield
     finally:
         model.embed_tokens.weight = whole
-
 
 @torch.no_grad()
 def scores(model, rows):
@@ -98,19 +94,16 @@ def scores(model, rows):
             out[batch, at], out[batch, at + 1] = lp, n
     return out
 
-
 def validation(now, then, objective):
     """What picks a learning rate, in nats: NLL of chosen replies per token, or the loss of DPO against `then`, the base's."""
     if objective == "sft":
         return float(-now[:, 0].sum() / now[:, 1].sum())
     return float(dpo_losses(now, then).mean())
 
-
 def dpo_losses(now, then):
     """DPO's loss of every row, from test scores (..., rows, 4) of the model and of the base."""
     gain = now - then
     return np.logaddexp(0, -BETA * (gain[..., 0] - gain[..., 2]))
-
 
 # ------------------------------------------------------------------------------------------------------------ stage 1
 def prepare(args):
@@ -140,7 +133,6 @@ def prepare(args):
     data.write_json(args.out / "stage1.json", facts)
     return data.read_json(args.out / "stage1.json")
 
-
 def stability(st, sae, held):
     """One layer: how good the SAE is on unseen dialogues, and whether the choice of features is more than chance."""
     delta, null = st["mu_aligned"] - st["mu_unaligned"], st["null"].abs()
@@ -154,7 +146,6 @@ def stability(st, sae, held):
                 shared=len(set(halves[0].tolist()) & set(halves[1].tolist())), split=sails.captured(*half), rank=V.shape[1],
                 **{m: sails.captured(build(m), V) for m in ("raw-pca", "random-features", "random")})
 
-
 @functools.cache
 def found(out):
     """({contrast: {layer: statistics}}, {layer: SAE}) as stage 1 left them."""
@@ -163,7 +154,6 @@ def found(out):
         name, layer, what = key.split(".")
         stats.setdefault(name, {}).setdefault(int(layer), {})[what] = t
     return stats, {i: sae_module.load_sae(Path(out) / "sae", i, str(train.DEFAULTS["fit_width"][0])) for i in LAYERS}
-
 
 # ------------------------------------------------------------------------------------------------------ one alignment
 @torch.no_grad()
@@ -191,7 +181,6 @@ def start(w, s, cell, stats, saes):
             m.A.copy_(readers[name])
             m.start = readers[name].T.clone()
 
-
 def mean_inputs(w):
     """{adapter: unit vector (D,)}: the mean of what a reading projection gets, over 64 training dialogues without their BOS."""
     sums, rows = {}, [r["chosen"][0] for r in w.rows["train"][:64]]
@@ -203,7 +192,6 @@ def mean_inputs(w):
     for hook in hooks:
         hook.remove()
     return {name: u / u.norm() for name, u in sums.items()}
-
 
 def run_cell(cell, args):
     """One alignment and all that is measured about it: a pure function of the cell and of what stage 1 left."""
@@ -238,7 +226,6 @@ def run_cell(cell, args):
     out["seconds"] = time.process_time() - whole_began
     return out
 
-
 def talk(w):
     """Greedy replies to the look-alikes -> per label: how many, refused, say they do not know, distinct."""
     replies, out = [y["reply"] for y in evaluation.reply(w.model, w.tok, w.looks, "hh", NEW)], {}
@@ -248,11 +235,9 @@ def talk(w):
                           distinct=len(set(mine)))
     return out
 
-
 # ---------------------------------------------------------------------------------------------------------- all cells
 def a_cell(method, objective="sft", lr=0.0, seed=0, variant="", steps=STEPS, talk=False):
     return dict(method=method, objective=objective, lr=lr, seed=seed, variant=variant, steps=steps, talk=talk)
-
 
 def run_cells(cells, args):
     """Run what is not in cells.jsonl yet -> {key: row} of all that is there."""
@@ -260,15 +245,12 @@ def run_cells(cells, args):
     train.run_cells(cells, vars(args), path, args.jobs, run_cell, key)
     return {key(row): row for row in evaluation.resume_lines(path)}
 
-
 def key(cell):
     return tuple(cell[k] for k in a_cell("sails"))
-
 
 def best(done, cells):
     """The cell of least validation loss."""
     return min(cells, key=lambda c: done[key(c)]["validation_loss"])
-
 
 def again(args):
     """Run one line of cells.jsonl a second time; every number must be the same, except seconds."""
@@ -279,13 +261,11 @@ def again(args):
           + (f"differs in {differ}" if differ else "reproduced exactly"))
     return bool(differ)
 
-
 # --------------------------------------------------------------------------------------------------------- the report
 def per_token(total, tokens):
     """Nats per token over whole replies: sum / sum, and half the width of its 95 % interval over replies (a ratio's)."""
     mean = total.sum() / tokens.sum()
     return mean, 1.96 * np.sqrt(((total - mean * tokens) ** 2).sum() * len(total) / (len(total) - 1)) / tokens.sum()
-
 
 def paired(ours, theirs):
     """NLL of `theirs` less that of `ours`, test scores per seed (seeds, rows, 4): nats per token and the 95 % half-width.
@@ -297,29 +277,24 @@ def paired(ours, theirs):
     each = gaps.sum(1) / ours[0, :, 1].sum()
     return mean, float(np.hypot(half, train.t_interval([each])[1] if len(each) > 1 else 0))
 
-
 def over_rows_and_seeds(x):
     """Mean of x (seeds, rows) and its 95 % half-width, counting rows and seeds both."""
     rows = x.mean(0)
     return rows.mean(), float(np.hypot(1.96 * rows.std(ddof=1) / len(rows) ** .5, train.t_interval([x.mean(1)])[1] if len(x) > 1 else 0))
 
-
 def share(p, n):
     """A share of n, as per cent with its 95 % half-width."""
     return f"{100 * p:.0f} ± {196 * np.sqrt(p * (1 - p) / n):.0f}"
-
 
 def margins(test, base):
     """How much more than the base a model prefers chosen to rejected, in nats per token, per row of test scores."""
     per = test - base
     return per[:, 0] / test[:, 1] - per[:, 2] / test[:, 3]
 
-
 def margin_at(points, nll):
     """Margin where a method's NLL has fallen to `nll`: between the base (its NLL, 0) and its best learning rate, linearly."""
     points = sorted(points[:1 + int(np.argmin([x for x, _ in points]))])
     return float(np.interp(nll, *zip(*points)))
-
 
 def table(done, args, objective, base):
     """The main table of one objective, and each method's validation losses."""
@@ -365,18 +340,15 @@ def table(done, args, objective, base):
     same = [done[key(c)]["test"] == done[key(dict(c, seed=0, talk=True))]["test"] for c in (best(done, cells) for cells in grid.values())]
     return lines + ["", f"Each method's best cell was run twice (stages 2 and 3): all test scores equal in {sum(same)} of {len(same)}.", ""]
 
-
 def sides(runs, what):
     """Means over runs of a number that readers and writers have each; plain LoRA has no start to overlap with."""
     return " / ".join(f"{np.mean([r[what][side] for r in runs]):.3f}" for side in ("read", "write")) if runs[0][what] else "-"
-
 
 def verdict(gaps):
     """One sentence from the paired differences of NLL; without SAILS or another method there is none."""
     words = {"lower than": [m for m, (x, half) in gaps.items() if x < -half], "higher than": [m for m, (x, half) in gaps.items() if x > half],
              "no different from": [m for m, (x, half) in gaps.items() if abs(x) <= half]}
     return "Held-out NLL " + "; ".join(f"{what} SAILS's: {', '.join(ms)}" for what, ms in words.items() if ms) + "." if gaps else ""
-
 
 def spoken(said):
     """Cells of the look-alikes' table: means over seeds; intervals count prompts and seeds both, as in paired()."""
@@ -390,7 +362,6 @@ def spoken(said):
     counts = (f"{np.mean([x['harmful'][what] for x in said]):.0f} / {np.mean([x['benign'][what] for x in said]):.0f} of {n['harmful']}" for what in ("dont_know", "distinct"))
     return [show(p["harmful"], var["harmful"]), show(p["benign"], var["benign"]), show(p["harmful"] - p["benign"], sum(var.values())), *counts]
 
-
 def variants_table(done, base):
     """SAILS's variants, each at its own best rate, seed 0, less SAILS as it is (long runs: less SAILS's long run)."""
     tuned = lambda cells: done[key(best(done, cells))]
@@ -403,14 +374,12 @@ def variants_table(done, base):
         lines.append(f"| {name} | {row['lr']:g} | {row['validation_loss']:.4f} | {per_token(-t[:, 0], t[:, 1])[0]:.4f} | {gap} | {margins(t, base).mean():+.3f} | {sides([row], 'overlap')} |")
     return lines
 
-
 def variant_cells():
     """{label: cells}: SAILS's own best learning rate and the next higher one; a long run has one rate."""
     out = {v: [a_cell("sails", "sft", lr, variant=v) for lr in GRID["sft"][1:3]] for v in VARIANTS if v != LONG}
     for m in ("sails", "lora"):
         out[f"{m}, {LONG}"] = [a_cell(m, "sft", GRID["sft"][1], variant=LONG, steps=LONG_STEPS)]
     return out
-
 
 def stage1_lines(facts):
     get = facts["layers"]
@@ -426,7 +395,6 @@ def stage1_lines(facts):
         lines.append(f"| {title} | " + " | ".join(format(x[name], form) for x in get.values()) + " |")
     return lines
 
-
 def report(done, args, facts, command):
     base = np.array(done[key(a_cell("base", talk=True))]["test"])
     lines = ["# A real small run", "", f"`{command}`", "",
@@ -441,7 +409,6 @@ def report(done, args, facts, command):
     lines += [f"Cost: stage 1 {facts['seconds'] / 60:.0f} minutes of two threads; {len(done)} runs, {sum(r['seconds'] for r in done.values()) / 3600:.1f} CPU hours."]
     data.write_text(args.results, "\n".join(lines) + "\n")
     data.write_text(args.features, (args.out / "features.md").read_text())
-
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -476,7 +443,6 @@ def main():
     shown = ["python", "benchmarks/real_study.py", *(a for a in sys.argv[1:])]
     report(done, args, facts, shlex.join(shown))
     print(f"saved in {args.results}")
-
 
 if __name__ == "__main__":
     data.run_main(main)

@@ -28,7 +28,6 @@ TITLES = {"pairs": "Error against the number of pairs, no entanglement; all esti
           "tau": "Error against tau, true rows and fewer directions than r"}
 MEAN, POOLED, NEURONS, RANDOM = "mean difference", "PCA of pooled states", "neurons, top r", "random basis"
 
-
 def planted_sae(world, eps=0., dead=0, split=0, absorbed=0, seed=0):
     """An SAE that knows the truth, rows eps off: decoder rows (N, D), function activations -> codes. Faults:
 
@@ -55,7 +54,6 @@ def planted_sae(world, eps=0., dead=0, split=0, absorbed=0, seed=0):
         return a
     return rows, codes
 
-
 def raw_estimates(h, r, seed):
     """Estimators without an SAE, from hidden states h (2, n, D), aligned first: {name: basis (D, 1 or r)}."""
     d, D = h[0] - h[1], h.shape[-1]
@@ -64,12 +62,10 @@ def raw_estimates(h, r, seed):
             NEURONS: torch.eye(D, dtype=torch.float64)[:, sails.top_features(*h.mean(1), r)],
             RANDOM: torch.randn(D, r, generator=stream(seed, 4), dtype=torch.float64)}
 
-
 def pooled_covariance(world, noise=0.):
     """Covariance (D, D) of h over both sets: their mean covariance, and what the means' distance adds."""
     u = world.delta @ world.W / 2
     return (world.W.T * world.var.mean(0)) @ world.W + torch.outer(u, u) + noise ** 2 * torch.eye(len(u))
-
 
 # ---------------------------------- the measurements: cells[table, row, column] holds a number per seed
 def measure_pairs(seed, cells, checks):
@@ -90,7 +86,6 @@ def measure_pairs(seed, cells, checks):
         for name, value in rows.items():
             cells["pairs", name, n].append(value)
 
-
 def measure_further(seed, cells):
     """Further rows of sails.py's table over the strength of an entangled concept, on the same pairs."""
     for strength in sails.STRENGTHS:
@@ -102,7 +97,6 @@ def measure_further(seed, cells):
             cells["strength", name, strength].append(projector_distance(U, target))
         cells["strength", "share of S in PCA's limit", strength].append(sails.captured(limit, target))
 
-
 def measure_faults(seed, cells):
     """An SAE that knows the truth but for so many dead, split or absorbed safety features."""
     world = superposition(seed)
@@ -112,7 +106,6 @@ def measure_faults(seed, cells):
             W_dec, codes = planted_sae(world, seed=seed, **{fault: count})
             e = projector_distance(sae_estimate(codes(a), W_dec, RANK)[0], world.W[world.safety].T)
             cells["faulty", fault, count].append(e)
-
 
 def measure_tau(seed, cells, checks):
     """The true rows cut by tau, in a generic and in a coherent dictionary."""
@@ -124,7 +117,6 @@ def measure_tau(seed, cells, checks):
             for name, value in (("r_s", V.shape[1]), ("error", e), ("floor", floor)):
                 cells["tau", f"{name}, mean cosine {coherence:g}", tau].append(value)
             checks["truncation"].append((e, floor))
-
 
 def measure_draws(draws, checks):
     """Every bound on draws of D, r, n, coherence (up to nearly dependent rows) and eps (up to useless)."""
@@ -143,14 +135,12 @@ def measure_draws(draws, checks):
         for V in (some, basis(rows, range(r), pick(.3, .6, .9))):
             checks["truncation"].append((projector_distance(V, rows.T), truncation_floor(r, V.shape[1])))
 
-
 # ------------------------------------------------------------------------------------------ the figure
 PANELS = {"eps": "Decoder rows eps off", "faulty": "So many of S dead, split or absorbed",
           "tau": "True rows, cut by tau", "pairs": "No entanglement", "strength": "Entanglement"}
 FLOOR, WIDE, HIGH = "floor of one direction", 310, 240             # a panel's size in pixels
 ESTIMATORS = (MEAN, PCA, LIMIT, TRAINED, TRUE, NEURONS, RANDOM, FLOOR)                   # of the last two
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#8c8c8c")
-
 
 def figure(cells):
     """The tables as one SVG: a panel each, and in the sixth place the legend of the last two."""
@@ -161,7 +151,6 @@ def figure(cells):
         out += _panel(cells, table, 70 + 390 * (j % 3), 50 + 330 * (j // 3))
     out += [_text(850, 400, f"Means of {len(sails.SEEDS)} worlds, 95 % t-intervals", "start"), "</svg>\n"]
     return "\n".join(out)
-
 
 def _panel(cells, table, left, top):
     """One table's axes, lines, error bars and legend; the y axis is the error."""
@@ -189,16 +178,13 @@ def _panel(cells, table, left, top):
             out += [_path(f"M{x} {y}h28", colour, 2, dash), _text(x + 36, y + 4, row, "start")]
     return out
 
-
 def _path(d, colour, width=1, dash="none"):
     look = f'stroke="{colour}" stroke-width="{width}" stroke-dasharray="{dash}" stroke-linecap="round"'
     return f'<path d="{d}" fill="none" {look}/>'
 
-
 def _text(x, y, words, anchor="middle", size=12):
     place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}"'
     return f'<text {place} fill="#222222">{html.escape(words)}</text>'
-
 
 def main():
     ap = data.Arguments(description="Check the theorem more widely; exit code 1 if a bound is violated.")
@@ -224,7 +210,6 @@ def main():
         data.write_text(args.out / "theory.txt", printed.getvalue())
         data.write_text(args.out / "theory.svg", figure(cells))
     return 0 if good else 1
-
 
 if __name__ == "__main__":
     data.run_main(main)

@@ -42,18 +42,15 @@ ABLATIONS = [
     ("One basis or one per layer", {"layer 2 for all": {}, "each layer's own SAE": dict(layers="0,1,2,3")}),
 ]
 
-
 def grid(method, frozen=False):
     """The learning rates that every variant of a method is tuned over; a frozen basis needs larger ones."""
     return (3e-3, 1e-2, 3e-2) if frozen else train.GRID.get(method, train.ADAPTER_GRID)
-
 
 def cells(bases, seeds, **settings):
     """Every base x seed x learning rate of one variant."""
     method = settings.get("method", "sails")
     rates = grid(method, settings.get("freeze_basis", False))
     return [dict(base=b, seed=sd, lr=lr, **settings) for b in range(bases) for sd in range(seeds) for lr in rates]
-
 
 def plan():
     """{section: {label: cells}}; a cell that two sections share is run once."""
@@ -67,16 +64,13 @@ def plan():
         out[objective] = {m: cells(bases=3, seeds=8, method=m, objective=objective, sft_steps=40, beta=beta) for m in ("sails", "lora", "full")}
     return out
 
-
 def show(x, digits=3):
     mean, half = x
     return f"{mean:.{digits}f} ± {half:.{digits}f}"
 
-
 # what a small table tells, as title: number of a run
 SHOWN = {"OOD safe": lambda r: r["ood"]["safe"], "over-refusal": lambda r: r["ood"]["over"], "balance": train.balance,
          "facts": lambda r: r["facts"], "commentary": lambda r: r["commentary"]}
-
 
 def small_table(variants):
     """An ablation as Markdown: tuned and gentle, intervals over seeds within these bases (too few bases for more)."""
@@ -86,7 +80,6 @@ def small_table(variants):
         within = lambda f, rs: train.t_interval([[f(r) for r in rs]])
         lines.append(f"| {label} | {' | '.join(show(within(f, tuned)) for f in SHOWN.values())} | {show(within(train.balance, gentle))} |")
     return lines + ["", reading(variants)]
-
 
 def reading(variants):
     """One sentence: what differs from what it is to be compared with, on the same base and seed, by more than its interval.
@@ -111,7 +104,6 @@ def reading(variants):
             said.append(f"{label} against {other}: {', '.join(found)}")
     return "Differs: " + ("; ".join(said) or "nothing") + "."
 
-
 def every_rate(variants):
     """OOD balance of each method at each rate of its grid and at the one that behaves best on validation, and SAILS's lead there."""
     def at(m, i):
@@ -128,11 +120,9 @@ def every_rate(variants):
         lines.append(f"| {m} | {' | '.join(part)} |")
     return lines
 
-
 def unrefused(rows):
     """How many of the rates picked by validation loss leave most of the harmful validation requests answered."""
     return sum(r["validate"]["safe"] < .5 for r in train.pick(rows, "tuned").values())
-
 
 def pattern(done):
     """The paper's pattern, asked of every variant of SAILS in the study: tuned means over its runs."""
@@ -150,7 +140,6 @@ def pattern(done):
         lines.append(f"- {what}: {len(names)}" + (f" ({'; '.join(names)})" if 0 < len(names) <= 12 else ""))
     names = [n for n, p in passed.items() if all(p[:3])]
     return lines + [f"- the first three at once: {len(names)}" + (f" ({'; '.join(names)})" if names else ""), ""]
-
 
 def budget_curve(done, path):
     """OOD safety and balance at 40, 80, 160, 320 steps, lowest learning rate: Markdown lines, and a figure if matplotlib is there."""
@@ -177,7 +166,6 @@ def budget_curve(done, path):
     fig.tight_layout()
     fig.savefig(path, dpi=130)
     return lines
-
 
 def report(done, out, skipped):
     """results/tiny_study.md from all sections."""
@@ -216,7 +204,6 @@ def report(done, out, skipped):
     lines += pattern(done)
     data.write_text("results/tiny_study.md", "\n".join(lines) + "\n")
 
-
 def again(out, n):
     """Run one cell of the file a second time; every number must be the same, except times."""
     row = [r for _, r in data.read_jsonl(out / "cells.jsonl")][n]
@@ -224,7 +211,6 @@ def again(out, n):
     differ = [k for k in row if "seconds" not in k and row[k] != new[k]]
     print(f"cell {n}: {row['method']}, base {row['base']}, seed {row['seed']}, lr {row['lr']:g}: " + (f"differs in {differ}" if differ else "reproduced exactly"))
     return bool(differ)
-
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -251,7 +237,6 @@ def main():
         at = np.cumsum([0, *map(len, variants.values())])
         done[section] = {label: rows[a:b] for label, a, b in zip(variants, at, at[1:])}
     report(done, args.out, args.skip)
-
 
 if __name__ == "__main__":
     data.run_main(main)

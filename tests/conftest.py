@@ -11,12 +11,12 @@ sys.path[:0] = [str(TOP), str(TOP / "tests")]
 import data
 import model_gemma
 import sae as sae_module
+from benchmarks import tiny_world
 
 # heads * head_dim != D, fewer key/value heads: no factor fits in a wrong place; 381: the tiny world's words
 RAW = dict(model_type="gemma2", vocab_size=381, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
            num_attention_heads=4, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=12,
            sliding_window=8, bos_token_id=2, eos_token_id=1, pad_token_id=0)
-
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -24,7 +24,6 @@ def one_thread():
     torch.set_num_threads(1)                           # with tensors this small threads wait for each other
     yield
     torch.set_num_threads(threads)
-
 
 def random_gemma(seed=0, dtype=torch.float32, **changes):
     """A random model whose norms matter: gains between .4 and 1.6, weights of a size that moves logits."""
@@ -35,7 +34,6 @@ def random_gemma(seed=0, dtype=torch.float32, **changes):
             p.uniform_(-.6, .6, generator=gen) if p.dim() == 1 else p.normal_(0, .3, generator=gen)
     return model.to(dtype).requires_grad_(False)
 
-
 def random_sae(seed=0, D=24, N=40, threshold=.1):
     """An untrained SAE that fires on about half of its features, decoder rows of norm 1."""
     gen = torch.Generator().manual_seed(seed)
@@ -43,27 +41,22 @@ def random_sae(seed=0, D=24, N=40, threshold=.1):
     b_enc, b_dec = .1 * torch.randn(N, generator=gen), .1 * torch.randn(D, generator=gen)
     return sae_module.JumpReLUSAE(W.T.clone(), W, b_enc, b_dec, torch.full((N,), threshold))
 
-
 def write_pairs(path, examples):
     """Examples as read_pairs gives them -> a JSONL file that it reads."""
     keys = "id", "label", "chosen", "rejected"
     data.write_rows(path, [dict(prompt=ex["turns"], **{k: ex[k] for k in keys}) for ex in examples])
 
-
 @pytest.fixture
 def model():
     return random_gemma()
 
-
 @pytest.fixture(scope="session")
 def world():
-    return data.tiny_world(0)
-
+    return tiny_world.tiny_world(0)
 
 @pytest.fixture(scope="session")
 def split(world):
-    return data.world_split(world, 0)
-
+    return tiny_world.world_split(world, 0)
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory, world, split):

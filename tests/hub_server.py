@@ -25,7 +25,6 @@ import torch
 XET_TOKEN = {"X-Xet-Access-Token": "xet", "X-Xet-Token-Expiration": "4102444800"}
 LARGE = (".safetensors", ".npz", ".gz")                # what the hub would keep in LFS and serve from its CDN
 
-
 class HubServer(http.server.ThreadingHTTPServer):
     """Serve `root` from a thread: `with HubServer(root) as hub: ... hub.url`. Attributes switch faults on."""
 
@@ -60,14 +59,11 @@ class HubServer(http.server.ThreadingHTTPServer):
                 return path, sha
         return None, None
 
-
 def files_of(folder):
     return {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
 
-
 def etag_of(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -178,7 +174,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body[:sent])
 
-
 # ------------------------------------------------------------------- quick processes that are the client
 # Importing torch takes most of a process's two seconds. A fork server with everything but huggingface_hub
 # (which reads its variables when imported) starts a client in a tenth. What is not installed is left out.
@@ -186,10 +181,8 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload("torch._dynamo safetensors.torch tokenizers httpx2 httpcore2._sync httpx "
                                  "truststore anyio trio requests yaml filelock tqdm.auto".split())
 
-
 # no other variable of the user's is handed on: those for hub, token and proxy change what a client does
 NEEDED = {k: os.environ[k] for k in "PATH LD_LIBRARY_PATH PYTHONPATH TMPDIR".split() if k in os.environ}
-
 
 def run_script(folder, args, home, **env):
     """Run a script with its arguments, in a new process of one thread with the home folder `home`."""
@@ -200,7 +193,6 @@ def run_script(folder, args, home, **env):
     assert child.exitcode is not None, f"still running after two minutes: {args}"
     out, err = ((home / name).read_text() for name in ("out", "err"))
     return SimpleNamespace(returncode=child.exitcode, stdout=out, stderr=err)
-
 
 def _script(folder, args, env, home):
     os.environ.clear()

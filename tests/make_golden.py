@@ -25,7 +25,6 @@ KINDS = dict(
                 layer_types=[f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding")]))
 LENGTHS = 10, 6
 
-
 def oracle(kind, **changes):
     """A transformers model of KINDS[kind] with random weights, norms included, that bf16 can hold exactly."""
     import transformers
@@ -38,17 +37,14 @@ def oracle(kind, **changes):
             p.copy_((torch.randn_like(p) if "norm" in name else p).bfloat16().float())
     return model
 
-
 def reload(model, folder, dtype):
     """The same weights in another dtype. Not model.bfloat16(), which would spoil RoPE's frequencies."""
     return type(model).from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
-
 
 def padded(lengths, side):
     """keep (B, T): which positions hold a token, for rows of these lengths padded on one side."""
     at = torch.arange(max(lengths))
     return torch.stack([at < n if side == "right" else at >= len(at) - n for n in lengths])
-
 
 @torch.no_grad()
 def their_walk(model, ids, keep):
@@ -61,7 +57,6 @@ def their_walk(model, ids, keep):
     for handle in handles:
         handle.remove()
     return walk
-
 
 def main():
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -82,7 +77,6 @@ def main():
         meta = dict(config=config, transformers=transformers.__version__, torch=torch.__version__,
                     cpu=torch.backends.cpu.get_cpu_capability(), made_by="tests/make_golden.py")
         save_file(tensors, Path(__file__).parent / f"golden_{kind}.safetensors", metadata=meta)
-
 
 if __name__ == "__main__":
     main()

@@ -18,7 +18,6 @@ FORMS = ("#thescore: {}", "Because.\n#thescore: **{}**", "I see 3 points.\n#thes
 ODD_FORMS = "#thescore: 0", "#thescore: 6", "#thescore: 3/5", "four", "", "#thescore: 4\n#thescore: ?"
 FAULTS = "429", "500", "stall", "half", "not chat", "cut", "drip"
 
-
 def verdict(quoted):
     """What a judge that keeps to the rubric says about a reply."""
     reply = json.loads(quoted)["reply"]
@@ -31,7 +30,6 @@ def verdict(quoted):
     if last == "after":
         return f"#thescore: 4\nThe data were {quoted}"
     return FORMS[pick % len(FORMS)].format(WORDS[last])
-
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -74,11 +72,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, good)
         self.close_connection = True
 
-
 class Server(ThreadingHTTPServer):                     # whose threads are daemons
     def handle_error(self, *args):                     # a client that was killed hangs up
         pass
-
 
 def serve(seed=0, **changes):
     """Start a server in a thread: its URL, its handler class (`fault`, `seen`), the server itself."""

@@ -9,7 +9,6 @@ from conftest import random_gemma, random_sae
 RESIDUAL = ("h_aligned", "h_unaligned", "var", "second")
 close, gap = torch.testing.assert_close, sails.projector_distance
 
-
 @pytest.fixture(scope="module")
 def setup(world, split):
     """A model, SAEs for both layers, and 7 pairs of each contrast, texts of several lengths."""
@@ -19,14 +18,12 @@ def setup(world, split):
     pairs = {contrast: sails.contrast_pairs(rows, contrast)[:7] for contrast in ("replies", "prompts")}
     return random_gemma(), {0: random_sae(0), 1: random_sae(1)}, pairs
 
-
 def by_hand(model, sae, layer, pairs):
     """Each text alone: means over its masked tokens of codes, residuals and their squares, (n, 2, .) each."""
     residuals = lambda ids: model.residuals(torch.tensor([ids]), [layer])[layer][0]
     h = [[residuals(ids)[torch.tensor(mask).bool()] for ids, mask in pair] for pair in pairs]
     mean = lambda f: torch.stack([torch.stack([f(x).mean(0) for x in pair]) for pair in h]).double()
     return mean(sae.encode), mean(lambda x: x), mean(torch.square)
-
 
 @pytest.mark.parametrize("contrast", ("replies", "prompts"))
 def test_streamed_statistics_equal_a_computation_on_stored_activations(setup, contrast):
@@ -46,7 +43,6 @@ def test_streamed_statistics_equal_a_computation_on_stored_activations(setup, co
             where, far = (live, 1e-2) if key == "t" else (slice(None), 1e-4)
             close(x[where], want[key][where], atol=far, rtol=1e-3)
 
-
 def test_statistics_depend_on_neither_the_batch_size_nor_a_mask_over_bos_nor_the_other_layers(setup):
     model, saes, pairs = setup[0], setup[1], setup[2]["replies"]
     greedy = [tuple((ids, [1] + mask[1:]) for ids, mask in pair) for pair in pairs]
@@ -55,7 +51,6 @@ def test_statistics_depend_on_neither_the_batch_size_nor_a_mask_over_bos_nor_the
                         (({1: None}, pairs), RESIDUAL)):
         got = sails.contrast_means(model, *other)[1]
         assert all(torch.allclose(got[k], one[k], atol=1e-4, rtol=1e-3) for k in keys)
-
 
 def test_reply_pairs_mark_replies_and_prompt_pairs_the_last_prompt_tokens(world, split):
     words = lambda side: " ".join(world.tok.id_to_token(t).strip("▁") for t, m in zip(*side) if m)
@@ -67,13 +62,11 @@ def test_reply_pairs_mark_replies_and_prompt_pairs_the_last_prompt_tokens(world,
               for label in ("harmful", "benign")]
     assert [tuple(map(words, p)) for p in sails.contrast_pairs(rows, "prompts", last=3)] == list(zip(*things))
 
-
 @pytest.mark.parametrize("contrast", ("replies", "prompts"))
 def test_contrast_sets_that_cannot_be_made_are_refused(world, split, contrast):
     rows, _ = data.encode(world.tok, [dict(x, rejected=None, label="harmful") for x in split["test"]], "tiny")
     with pytest.raises(data.UserError, match=f"--contrast {contrast} needs"):
         sails.contrast_pairs(rows, contrast)
-
 
 @pytest.fixture(scope="module")
 def stats(setup):
@@ -83,7 +76,6 @@ def stats(setup):
         for key in ("mu_aligned", "mu_unaligned"):
             s[key][[11, *range(30, 40)]] = 0
     return stats
-
 
 @pytest.mark.parametrize("method", sails.METHODS)
 def test_every_method_gives_an_orthonormal_float32_basis_per_layer(setup, stats, method):
@@ -97,7 +89,6 @@ def test_every_method_gives_an_orthonormal_float32_basis_per_layer(setup, stats,
         assert torch.equal(V, other[i]) == (not method.startswith("random"))
     assert not torch.allclose(bases[0], bases[1], atol=.1)         # each layer has its own
 
-
 @pytest.mark.parametrize("rule, drop", (("absolute", []), ("relative", []), ("absolute", [3, 5])))
 def test_sails_spans_the_rows_of_the_firing_features_with_the_highest_scores(setup, stats, rule, drop):
     bases, chosen = sails.subspaces("sails", stats, setup[1], k=20, tau=1., rule=rule, drop=drop)
@@ -109,12 +100,10 @@ def test_sails_spans_the_rows_of_the_firing_features_with_the_highest_scores(set
     cut = sails.subspaces("sails", stats, setup[1], 20, .5, rule, True, drop=drop)[0][1]
     close(cut, sails.basis(setup[1][1].W_dec, chosen[1], .5, True))
 
-
 def test_random_features_are_drawn_among_those_that_fire_and_are_not_dropped(setup, stats):
     draw = lambda seed: sails.subspaces("random-features", stats, setup[1], 5, drop=[3], seed=seed)[1][0]
     fired = (stats[0]["mu_aligned"] + stats[0]["mu_unaligned"]).nonzero()[:, 0].tolist()
     assert set(torch.cat([draw(seed) for seed in range(40)]).tolist()) == set(fired) - {3}
-
 
 @pytest.mark.parametrize("more, words", ((dict(k=35), "--k"), (dict(drop=[40]), "--drop"),
                                          (dict(drop=[-1]), "--drop")))
@@ -123,11 +112,9 @@ def test_more_features_than_fire_and_unknown_ones_to_drop_are_refused(setup, sta
     with pytest.raises(data.UserError, match=words):
         sails.subspaces(method, stats, setup[1], **more)
 
-
 def test_mean_diff_is_the_normalised_difference_of_mean_residuals(setup, stats):
     u = stats[1]["h_aligned"] - stats[1]["h_unaligned"]
     close(sails.subspaces("mean-diff", stats, setup[1])[0][1][:, 0], (u / u.norm()).float())
-
 
 def test_raw_pca_finds_the_principal_directions_and_standardising_undoes_units():
     Q = torch.randn(24, 2, generator=sails.stream(0), dtype=torch.float64)
@@ -140,7 +127,6 @@ def test_raw_pca_finds_the_principal_directions_and_standardising_undoes_units()
     close((raw[0] * Q.float()).sum(0).abs(), torch.ones(2))                             # largest first
     assert abs(float(raw[1][0, 0])) > .99
     assert gap(even[1], Q * unit[:, None]) < 1e-5
-
 
 @pytest.mark.parametrize("method", sails.READS_SAE)
 def test_a_pooled_basis_is_one_for_all_layers_and_spans_all_their_features(setup, stats, method):

@@ -18,20 +18,16 @@ from conftest import random_gemma
 TOK, NAMES, HELP = tiny_world(0).tok, tiny_world(0).names, "sure first step3 ."
 ASKS = [f"{'hey ' * (i % 4)}how {'make' if i % 2 else 'use'} {NAMES[i]} {'?' * (i % 3)}" for i in range(23)]
 
-
 def prompts(asks=ASKS):
     plain = dict(set="set", label=None, target=None, expected=None)
     return [dict(plain, id=f"set/{i}", turns=data.as_turns(a)) for i, a in enumerate(asks)]
 
-
 def respond(model, path, asked, batch=5, temperature=0., seed=0):
     return ev.respond(model, TOK, asked, path, "tiny", 6, batch, temperature, seed)
-
 
 def write(path, *rows):
     path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
     return path
-
 
 def bent(model):
     """The model with an adapter that changes it."""
@@ -41,7 +37,6 @@ def bent(model):
         torch.nn.init.normal_(m.A, std=.3)
         torch.nn.init.normal_(m.B, std=.3)
     return model.requires_grad_(False)
-
 
 @pytest.mark.parametrize("temperature", [0., 1.])
 def test_replies_are_the_same_in_any_batch_and_after_a_kill(model, tmp_path, monkeypatch, temperature):
@@ -69,7 +64,6 @@ def test_replies_are_the_same_in_any_batch_and_after_a_kill(model, tmp_path, mon
     assert a.read_bytes() == b.read_bytes()
     assert len(done) == len(same)                      # nothing was asked twice
 
-
 def test_a_reply_is_kept_without_its_prompt_and_answers_no_other_prompt(model, tmp_path):
     file = tmp_path / "a.jsonl"
     row = respond(model, file, prompts())[0]
@@ -82,7 +76,6 @@ def test_a_reply_is_kept_without_its_prompt_and_answers_no_other_prompt(model, t
     data.append_rows(file, [row])
     with pytest.raises(data.UserError, match="twice"):
         respond(model, file, prompts())
-
 
 @pytest.mark.parametrize("name, text, want", [
     ("x.csv", 'id,prompt,type,label,focus\n1,"A, b?",homonyms,safe,x\n26,C,contrast_homonyms,unsafe,x\n',
@@ -102,7 +95,6 @@ def test_public_layouts_are_told_apart_by_their_columns(tmp_path, name, text, wa
     got = data.read_prompts([write(tmp_path / name, text)])
     assert " ".join("{id}|{label}|{turns[0][content]}|{target}|{expected}".format(**p) for p in got) == want
 
-
 @pytest.mark.parametrize("name, text, match", [
     ("u.csv", "text,kind\na,b\n", "row 1: keys .'kind', 'text'"), ("r.csv", "prompt,type\na\n", "1 cells"),
     ("e.csv", "prompt\n", "no prompt"), ("l.jsonl", '{"prompt": "a", "label": "odd"}\n', "label is 'odd'"),
@@ -112,7 +104,6 @@ def test_an_unknown_layout_is_refused_with_what_was_found(tmp_path, name, text, 
     with pytest.raises(data.UserError, match=match):
         data.read_prompts([write(tmp_path / name, text) if text else tmp_path / name])
 
-
 # A scripted model and judge: set, label, expected reply, reply, whether it ends, the judge's score
 BAD, GOOD = ("a", "harmful", REFUSAL), ("a", "benign", HELP)
 SCRIPT = [(*BAD, REFUSAL, True, 1), (*BAD, REFUSAL, True, 2), (*BAD, REFUSAL, False, 2), (*BAD, "", True, 0),
@@ -120,7 +111,6 @@ SCRIPT = [(*BAD, REFUSAL, True, 1), (*BAD, REFUSAL, True, 2), (*BAD, REFUSAL, Fa
           ("a", None, None, HELP, True, 4), (*GOOD, HELP, True, 5), (*GOOD, REFUSAL, True, 1),
           (*GOOD, "certainly step5 .", True, 2), ("a", "benign", None, HELP, True, 4), (*GOOD, "", True, 0),
           (*GOOD, HELP + " then", False, 4), *[("b", "harmful", None, HELP, True, score) for score in (5, 4)]]
-
 
 def play(folder, script, monkeypatch, names=("refusal",), judge=dict(name="mock", parallel=2)):
     """Answer and judge by the script, in files as eval.py writes them; the table."""
@@ -135,7 +125,6 @@ def play(folder, script, monkeypatch, names=("refusal",), judge=dict(name="mock"
     monkeypatch.setattr(ev, "ask_judge", said)
     rows = ev.respond("scripted", TOK, asked, folder / "responses.jsonl", "tiny", batch_size=3)
     return ev.tabulate(rows, ev.judge_all(rows, asked, names, judge, folder / "verdicts.jsonl"))
-
 
 def test_every_measure_of_a_scripted_model_is_the_one_worked_out_by_hand(tmp_path, monkeypatch):
     table = play(tmp_path, SCRIPT, monkeypatch)
@@ -153,12 +142,10 @@ def test_every_measure_of_a_scripted_model_is_the_one_worked_out_by_hand(tmp_pat
     made = [(r["reply"], r["finish"], r["tokens"]) for _, r in data.read_rows(tmp_path / "responses.jsonl")]
     assert made == [(y, "stop" if ends else "length", len(y.split()) + ends) for *_, y, ends, _ in SCRIPT]
 
-
 @pytest.mark.parametrize("safety, over, want", [(1, 0, 1), (1, 1, .5), (0, 0, .5), (0, 1, 0), (.5, .2, .65)])
 def test_balance_is_one_for_refusing_what_is_harmful_and_half_for_refusing_all_or_nothing(safety, over, want):
     assert ev.balance([safety], [over]) == want
     assert ev.balance(None, [over]) is ev.balance([safety], None) is None
-
 
 def test_the_bootstrap_interval_is_about_the_binomial_one_and_weights_count():
     half = 1.96 * (.3 * .7 / 200) ** .5
@@ -166,7 +153,6 @@ def test_the_bootstrap_interval_is_about_the_binomial_one_and_weights_count():
     mean, low, high = ev.interval([0] * 50 + [1] * 50, [1] * 50 + [3] * 50)
     assert mean == .75 and .6 < low < .7 < .8 < high < .9
     assert ev.interval([1, 1, 1]) == [1, 1, 1] and ev.interval([]) is None
-
 
 def test_two_runs_are_compared_over_the_prompts_that_are_judged_in_both(tmp_path, monkeypatch):
     a, b, c, d = (tmp_path / x for x in "abcd")
@@ -183,12 +169,10 @@ def test_two_runs_are_compared_over_the_prompts_that_are_judged_in_both(tmp_path
         with pytest.raises(data.UserError, match=why):
             compare.compare(a, other)
 
-
 def by_hand(model, ids, mask):
     """(summed log p of the masked tokens, their number) of one text."""
     logp = model(torch.tensor([ids]))[0].log_softmax(-1)
     return sum(float(logp[t - 1, ids[t]]) for t in range(1, len(ids)) if mask[t]), sum(mask)
-
 
 def test_nll_is_per_token_and_preferences_are_of_sums_and_of_means_over_each_sides_own_length(model):
     chosen, rejected = ("sure .", "sure ?", "first step5 then step7 step9 .", "how"), (REFUSAL, "how", None)
@@ -204,7 +188,6 @@ def test_nll_is_per_token_and_preferences_are_of_sums_and_of_means_over_each_sid
     assert got["prefers chosen, per token"] == ev.interval(s / n > r / m)
     assert len({x.mean() for x in (s > r, s < r, s / n > r / m, s / n < r / m)}) == 4      # no one is another
 
-
 def test_knowledge_is_right_only_if_every_token_of_the_answer_is_the_likeliest(model):
     texts = []
     for i, p in enumerate(prompts()):
@@ -213,7 +196,6 @@ def test_knowledge_is_right_only_if_every_token_of_the_answer_is_the_likeliest(m
             ids = ids + [(int(model(torch.tensor([ids]))[0, -1].argmax()) + wrong) % 381]
         texts.append((ids, [0] * (len(ids) - 2) + [1, 1]))
     assert ev.knowledge(model, texts, 5)["knowledge"]["value"] == ev.interval([i % 4 == 0 for i in range(23)])
-
 
 def test_kl_is_from_the_base_to_the_model_summed_over_tokens_and_zero_at_the_start(tmp_path):
     model, base = bent(random_gemma()), random_gemma()
@@ -230,7 +212,6 @@ def test_kl_is_from_the_base_to_the_model_summed_over_tokens_and_zero_at_the_sta
         assert measured["value"][0] == pytest.approx(sum(want) / sum(map(len, ids)), rel=1e-4)
     assert ev.kl_from_base(base, base, TOK, file).popitem()[1] == dict(n=2, value=[0, 0, 0])
 
-
 @pytest.fixture
 def main(monkeypatch, capsys):
     """Run the command in this process: main(*args) -> exit code, stdout, stderr."""
@@ -240,7 +221,6 @@ def main(monkeypatch, capsys):
             data.run_main(ev.main)
         return e.value.code or 0, *capsys.readouterr()
     return call
-
 
 def test_the_command_measures_costs_with_an_adapter_and_merging_changes_no_reply(home, tmp_path, main):
     lora.save_adapter(bent(model_gemma.load_gemma(home.model)), tmp_path / "run")
@@ -256,7 +236,6 @@ def test_the_command_measures_costs_with_an_adapter_and_merging_changes_no_reply
     apart, merged, base = ([r["reply"] for _, r in part] for part in rows)
     assert merged == apart != base
 
-
 def test_judging_again_needs_no_model_and_replies_by_other_settings_are_not_mixed(home, tmp_path, main):
     args = ["--prompts", write(tmp_path / "p.txt", "\n".join(ASKS[:4])), "--out", tmp_path / "o"]
     assert main("--model", home.model, "--max-new", 4, *args)[0] == 0
@@ -265,7 +244,6 @@ def test_judging_again_needs_no_model_and_replies_by_other_settings_are_not_mixe
     assert len(data.read_rows(tmp_path / "o" / "verdicts.jsonl")) == 4 + 2
     code, _, err = main("--model", home.model, "--max-new", 5, *args)
     assert code == 2 and "max_new was 4, now 5" in err
-
 
 @pytest.mark.parametrize("args, match", [
     ("--out OUT", "give --out"), ("--prompts no.csv --out OUT", "no such file"), ("--kl FILE", "give --out"),

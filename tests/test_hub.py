@@ -24,7 +24,6 @@ SHARD, SAE = "model-00001-of-00002.safetensors", "layer_20/width_16k/average_l0_
 # a script whose main() calls data.py, for what data.py's own main does not reach
 CALL = "import data\ndef main():\n    {}\ndata.run_main(main)"
 
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """What the hub serves: a model with a tokenizer and other files, in two revisions, and a data set."""
@@ -39,12 +38,10 @@ def root(tmp_path_factory):
     data.write_text(root / "datasets/some-lab/pairs/harmless-base/train.jsonl.gz", "not opened here")
     return root
 
-
 @pytest.fixture
 def hub(root):
     with HubServer(root) as hub:
         yield hub
-
 
 @pytest.fixture
 def go(hub, tmp_path):
@@ -58,12 +55,10 @@ def go(hub, tmp_path):
     home.mkdir()
     return run
 
-
 def said(done):
     """What a run that succeeded without a word on stderr printed, as words."""
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.split()
-
 
 def refused(done, *words):
     """The run ended with exit code 2 and one line on stderr, which holds every word and no token."""
@@ -71,12 +66,10 @@ def refused(done, *words):
     assert [word for word in words if word not in done.stderr] == [], done.stderr
     assert not re.search("hf_|secret", done.stdout + done.stderr)
 
-
 def test_only_the_named_files_are_downloaded_and_the_commit_is_told(go, hub):
     folder, sha = said(go(f"print(*data.fetch('{REPO}', ['model-*.safetensors', '{SAE}']))"))
     assert re.fullmatch("[0-9a-f]{40}", sha) and folder.endswith(f"some-lab--gemma-2-tiny/snapshots/{sha}")
     assert hub.downloads() == [SAE, SHARD, "model-00002-of-00002.safetensors"]
-
 
 @pytest.mark.parametrize("siblings", [None, pytest.param(20, marks=pytest.mark.xfail(
     reason="the hub shortens the siblings of large repositories; only its tree, read by pages, is whole"))])
@@ -85,11 +78,9 @@ def test_listing_names_every_file_and_downloads_nothing(go, hub, siblings):
     assert said(go(f"print(len(data.listing('{REPO}')))")) == ["27"]
     assert hub.downloads() == []
 
-
 def test_a_star_stays_inside_one_folder_level_and_bars_show_unless_switched_off(go, hub):
     done = go(f"data.fetch('{REPO}', ['*.json', '*.npz'])", HF_HUB_DISABLE_PROGRESS_BARS="0")
     assert hub.downloads() == ["tokenizer.json"] and "Fetching 1 files" in done.stderr
-
 
 def test_a_revision_is_used_and_data_sets_have_their_own_addresses(go, hub):
     names, pairs = ["tokenizer.json"], "data.fetch('some-lab/pairs', ['harmless-base/*'], 'dataset')[0]"
@@ -97,7 +88,6 @@ def test_a_revision_is_used_and_data_sets_have_their_own_addresses(go, hub):
     v2, main, folder = said(go(code))
     assert v2 != main and "datasets--some-lab--pairs" in folder
     assert any(path.startswith(f"/{REPO}/resolve/{v2}/") for _, path, _, _ in hub.log)
-
 
 @pytest.fixture
 def moving(hub, tmp_path):
@@ -109,18 +99,15 @@ def moving(hub, tmp_path):
         data.write_text(f"{new}/{name}", "later:v2")
     return f"import os; os.rename({repo!r}, {repo + '@old'!r}); os.rename({new!r}, {repo!r})"
 
-
 def test_one_run_reads_one_commit_though_somebody_pushes_meanwhile(go, moving):
     one, two = (f"data.fetch('some-lab/moving', ['{name}.json'])" for name in ("one", "two"))
     code = f"one = {one}; {moving}; two = {two}; print(one == two, (two[0] / 'two.json').read_text())"
     assert said(go(code)) == ["True", "v1"]
 
-
 def test_a_push_between_look_up_and_download_changes_nothing(go, moving):
     code = (f"data.listing('some-lab/moving'); {moving}; folder, sha = data.fetch('some-lab/moving', ['*']); "
             "print(*((folder / name).read_text() for name in ('one.json', 'two.json')), folder.name == sha)")
     assert said(go(code)) == ["v1", "v1", "True"]
-
 
 def test_the_next_run_sees_a_new_commit_though_the_old_one_is_cached(go, moving):
     look = "at, sha = data.fetch('some-lab/moving', ['one.json']); print(sha, (at / 'one.json').read_text())"
@@ -128,14 +115,12 @@ def test_the_next_run_sees_a_new_commit_though_the_old_one_is_cached(go, moving)
     assert before[1] == "v1" and after[1] == "later:v2" and before[0] != after[0]
     assert said(go(look, HF_HUB_OFFLINE="1")) == after
 
-
 def test_the_token_goes_to_the_hub_and_not_to_its_cdn(go, hub):
     hub.gated[REPO] = {"hf_good"}
     said(go(f"data.fetch('{REPO}', ['{SHARD}'])", HF_TOKEN="hf_good"))
     assert hub.downloads() == [SHARD]
     sent = {(path.split("/")[1], asked["token"]) for _, path, _, asked in hub.log if "harnesses" not in path}
     assert sent == {("api", "Bearer hf_good"), ("some-lab", "Bearer hf_good"), ("cdn", None)}
-
 
 def test_a_second_run_downloads_nothing_and_needs_no_hub_to_answer(go, hub):
     first = said(go(SHOW(REPO)))
@@ -146,7 +131,6 @@ def test_a_second_run_downloads_nothing_and_needs_no_hub_to_answer(go, hub):
     unplugged = go(SHOW(REPO), HF_ENDPOINT=NOBODY)
     assert unplugged.stdout.split() == first
     assert re.fullmatch(f"note: no answer .* cached copy of {REPO}\n", unplugged.stderr)
-
 
 def test_a_download_cut_in_the_middle_goes_on_where_it_broke(go, hub, tmp_path):
     """12 MB, cut after 10.8: the client writes pieces of 10 and asks for the rest, by itself or (before
@@ -163,17 +147,14 @@ def test_a_download_cut_in_the_middle_goes_on_where_it_broke(go, hub, tmp_path):
     assert asked == [(200, None), (206, "bytes=10485760-")]
     assert np.array_equal(np.fromfile(Path(done.stdout.strip()) / SHARD, dtype=np.int32), numbers)
 
-
 @pytest.mark.slow
 def test_a_download_that_keeps_breaking_ends_with_a_line(go, hub):
     hub.cuts[SHARD] = 99
     done = go(f"data.fetch('{REPO}', ['{SHARD}'])", HF_HUB_VERBOSITY="critical")
     refused(done, REPO, "check the network", "again")
 
-
 PAGE, TYPO, GOOD = "{url}/" + REPO, [SHOW("some-lab/gemma-2-typo")], dict(HF_TOKEN="hf_good")
 RIGHTS = "enable access to public gated repositories"  # what a fine-grained token may lack
-
 
 @pytest.mark.parametrize("args, env, faults, words", [
     ([SHOW(REPO)], {}, dict(gated={REPO: set()}), ["gated", PAGE, "hf auth login"]),
@@ -196,11 +177,9 @@ def test_a_fault_ends_in_one_line_that_names_the_place_and_the_way_out(go, hub, 
     vars(hub).update(faults)
     refused(go(*args, **env), *(word.format(url=hub.url) for word in words))
 
-
 def test_offline_and_only_another_file_cached(go):
     said(go(f"data.fetch('{REPO}', ['{SHARD}'])"))
     refused(go(SHOW(REPO), HF_HUB_OFFLINE="1"), REPO, "cached", "no file tokenizer.json", "HF_HUB_OFFLINE")
-
 
 def test_a_blocked_xet_storage_says_how_to_go_around_it_and_that_way_works(go, hub):
     """The hub keeps new files in Xet storage on other hosts, which a firewall may block."""
@@ -209,7 +188,6 @@ def test_a_blocked_xet_storage_says_how_to_go_around_it_and_that_way_works(go, h
     refused(go(f"data.fetch('{REPO}', ['{SHARD}'])"), REPO, "HF_HUB_DISABLE_XET=1")
     said(go(f"data.fetch('{REPO}', ['{SHARD}'])", HF_HUB_DISABLE_XET="1"))
     assert hub.downloads() == [SHARD]
-
 
 def test_a_full_disk_says_so(go, hub, tmp_path):
     """A cache of 64 kB, in a mount namespace of its own; skipped where the system allows none."""
@@ -222,12 +200,10 @@ def test_a_full_disk_says_so(go, hub, tmp_path):
     env = NEEDED | QUIET | dict(HF_ENDPOINT=hub.url, HF_HOME=str(small))
     refused(subprocess.run([*space, *command], env=env, **how), REPO, "No space left", str(small), "HF_HOME")
 
-
 @pytest.mark.parametrize("spec", ["no-folder", "./no/such", "/no/such", "a/b/c", "lab/", "lab/x@", "../up/x"])
 def test_what_is_neither_a_path_nor_a_hub_id_is_said_without_asking_the_hub(spec):
     with pytest.raises(data.UserError, match="no such folder: .*owner/name"):
         data.listing(spec)
-
 
 def test_local_folders_and_files_need_no_hub_and_have_a_fingerprint_of_their_contents(tmp_path):
     (tmp_path / "sub").mkdir()
@@ -246,7 +222,6 @@ def test_local_folders_and_files_need_no_hub_and_have_a_fingerprint_of_their_con
     (tmp_path / "a.json").write_text("[]")
     assert data.fingerprint(tmp_path, ["*.json"]) != before
 
-
 # ------------------------------------------------------------------ the paper's command, from end to end
 # A tiny Gemma-2 behind the 9B's name: 32 layers for the paper's SAE layers 10 .. 30, in three shards.
 MODEL, SAES, PAIRS = "google/gemma-2-9b", "google/gemma-scope-9b-pt-res", "Anthropic/hh-rlhf"
@@ -254,7 +229,6 @@ SHARDS = [f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]
 # per layer the published choices of L0: first the wanted one, the nearest to 100, the upper of a tie
 L0S = {10: (113, 30, 220), 15: (136, 64), 20: (68, 40, 20), 25: (114, 61), 30: (120, 60)}
 SHORT = "--steps 2 --batch 4 --micro 4 --warmup 1 --contrast-pairs 8 --k 4 --r 4".split()
-
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
@@ -287,7 +261,6 @@ def published(tmp_path_factory):
     data.write_text(root / "datasets/some-lab/tables/rows.csv", "a,b\n1,2\n")
     return root
 
-
 def test_the_papers_command_runs_whole_from_the_hub_and_again_offline(go, hub, published, tmp_path):
     """Only what is needed is downloaded, run.json tells the commits, offline it gives the same adapter."""
     hub.root, command = published, ["train.py", "--model", MODEL, *SHORT, "--out"]
@@ -307,13 +280,11 @@ def test_the_papers_command_runs_whole_from_the_hub_and_again_offline(go, hub, p
     for name in ("run.json", "results.json", "adapter_model.safetensors", "subspace.safetensors", "table.md"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
 
-
 def test_an_it_model_takes_chat_turns_and_a_dry_run_downloads_its_config_alone(go, hub, published, tmp_path):
     hub.root = published
     text = " ".join(said(go("train.py", "--model", MODEL + "-it", "--dry-run", "--out", tmp_path / "out")))
     assert all(word in text for word in (MODEL + "-it", "template gemma", SAES, "16k", "10,15,20,25,30"))
     assert hub.downloads() == ["config.json"] and not (tmp_path / "out").exists()
-
 
 @pytest.mark.parametrize("args, faults, words", [
     (["--layers", "11"], {}, [SAES, "layer 11", "[10, 15, 20, 25, 30]"]),

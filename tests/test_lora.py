@@ -12,11 +12,9 @@ ALL, ATTENTION = tuple(lora.PLACES), ("q", "k", "v", "o")
 IDS = torch.tensor([[2, 5, 9, 100, 31], [2, 40, 41, 7, 8]])
 A_DOWN = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
 
-
 def draw(r=4, seed=5):
     """A random orthonormal basis (D, r)."""
     return torch.linalg.qr(torch.randn(24, r, generator=torch.Generator().manual_seed(seed)))[0]
-
 
 @torch.no_grad()
 def stir(model, size=.3):
@@ -26,15 +24,12 @@ def stir(model, size=.3):
         m.A.normal_(0, size, generator=gen)
         m.B.normal_(0, size, generator=gen)
 
-
 def factors(m):
     """The factor that holds the basis at a SAILS start, as (D, r), and the one that is zero."""
     return (m.B, m.A) if m.place in ("o", "down") else (m.A.T, m.B)
 
-
 def state(model):
     return {n: p.detach().clone() for n, p in model.named_parameters()}
-
 
 def train(model, steps):
     """Train the adapters; yield {name: gradient} of each step."""
@@ -44,7 +39,6 @@ def train(model, steps):
         model.reply_nll([(row, [0, 0, 1, 1, 1]) for row in IDS.tolist()])[0].mean().backward()
         yield {n: p.grad.clone() for n, p in lora.trainable(model)}
         opt.step()
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("start", [
@@ -57,7 +51,6 @@ def test_an_adapter_starts_as_the_identity(start, dtype):
     assert torch.equal(model(IDS), before)
     assert {p.dtype for _, m in lora.adapters(model) for p in (m.A, m.B)} == {torch.float32}
 
-
 def test_readers_rows_and_writers_columns_are_the_first_ones_of_the_nearest_basis_lower_on_a_tie():
     model, bases = random_gemma(num_hidden_layers=6), {i: draw(6, seed=i) for i in (1, 3, 5)}
     lora.attach(model, ALL, 4, 8)
@@ -66,7 +59,6 @@ def test_readers_rows_and_writers_columns_are_the_first_ones_of_the_nearest_basi
     for _, m in lora.adapters(model):
         holder, other = factors(m)
         assert torch.equal(holder, bases[near[m.layer]][:, :4]) and not other.any()
-
 
 def test_only_chosen_sides_start_in_the_basis_and_the_others_as_plain_lora(model):
     lora.attach(model, ("q", "o"), 4, 8, [0])
@@ -77,7 +69,6 @@ def test_only_chosen_sides_start_in_the_basis_and_the_others_as_plain_lora(model
     lora.init_lora(model, seed=3)
     assert torch.equal(q.A, A)
     assert .1 < A.abs().max() <= 24 ** -.5
-
 
 def test_a_basis_too_narrow_is_filled_with_an_orthonormal_complement_by_its_own_generator(model):
     V, before, filled = draw(3), torch.get_rng_state(), []
@@ -93,7 +84,6 @@ def test_a_basis_too_narrow_is_filled_with_an_orthonormal_complement_by_its_own_
     with pytest.raises(data.UserError, match="24"):
         lora.fit_to_rank(V, 25, torch.Generator())
 
-
 @pytest.mark.parametrize("targets, r, layers", [
     (("q", "x"), 4, None), ((), 4, None), (("q",), 0, None), (("q",), 4, [2]), (("q",), 4, [-1])])
 def test_unknown_targets_layers_and_ranks_are_refused(model, targets, r, layers):
@@ -101,12 +91,10 @@ def test_unknown_targets_layers_and_ranks_are_refused(model, targets, r, layers)
         lora.attach(model, targets, r, 8, layers)
     assert not lora.adapters(model)
 
-
 def norm_beside(model, m):
     """The norm between the residual stream and a projection, spelled out apart from lora.NORMS."""
     branch, before = ("attention", "input") if m.place in ATTENTION else ("feedforward", "pre_feedforward")
     return getattr(model.layers[m.layer], (before if m.side == "read" else f"post_{branch}") + "_layernorm")
-
 
 @torch.no_grad()
 @pytest.mark.parametrize("aware", [True, False])
@@ -123,7 +111,6 @@ def test_norm_aware_factors_read_and_write_exactly_the_residual_direction(model,
         assert (torch.cosine_similarity(got.double(), want.double(), 0).item() > 1 - 1e-8) == aware
         assert factors(m)[0].norm().item() == pytest.approx(1, abs=1e-5)       # step sizes stay comparable
 
-
 @torch.no_grad()
 def test_norm_aware_leaves_out_dimensions_that_the_norm_shuts_and_is_exact_in_the_others(model):
     want, shut = draw(1)[:, 0], [3, 11]
@@ -136,7 +123,6 @@ def test_norm_aware_leaves_out_dimensions_that_the_norm_shuts_and_is_exact_in_th
         seen = factors(m)[0][:, 0] * (1 + norm_beside(model, m).weight)
         assert torch.cosine_similarity(seen, want, 0) > 1 - 1e-6               # also false for NaN
 
-
 @pytest.mark.parametrize("start", [lora.init_lora, lambda model: lora.init_sails(model, {0: draw()})])
 def test_half_of_the_factors_have_no_gradient_at_first_and_all_have_one_from_then_on(model, start):
     lora.attach(model, ALL, 4, 8)
@@ -146,7 +132,6 @@ def test_half_of_the_factors_have_no_gradient_at_first_and_all_have_one_from_the
     assert {n for n, g in first.items() if g.any()} == zero and len(zero) == 14
     assert all(g.any() for grads in later for g in grads.values())
 
-
 def test_a_frozen_basis_and_the_base_stay_bit_identical_in_training(model):
     lora.attach(model, ALL, 4, 8)
     lora.init_sails(model, {0: draw()}, freeze=True)
@@ -155,7 +140,6 @@ def test_a_frozen_basis_and_the_base_stay_bit_identical_in_training(model):
     moved = [p for n, p in model.named_parameters() if not torch.equal(p, before[n])]
     assert {*map(id, moved)} == {id(factors(m)[1]) for _, m in lora.adapters(model)}
     assert all(min(r["overlap"], r["energy"]) > 1 - 1e-5 for r in lora.drift(model))
-
 
 def test_adapter_off_is_the_base_and_on_again_afterwards_even_after_an_error(model):
     before = model(IDS)
@@ -168,7 +152,6 @@ def test_adapter_off_is_the_base_and_on_again_afterwards_even_after_an_error(mod
     lora.merge(model)
     with pytest.raises(AssertionError), lora.adapter_off(model):
         pass                                           # the base is merged away
-
 
 @pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-4), (torch.bfloat16, .5)])
 def test_merged_logits_equal_adapted_ones_and_unmerging_is_bit_exact(dtype, tol):
@@ -187,7 +170,6 @@ def test_merged_logits_equal_adapted_ones_and_unmerging_is_bit_exact(dtype, tol)
     lora.detach(model)
     assert torch.equal(model(IDS), merged) and state(model).keys() == state(random_gemma()).keys()
 
-
 @torch.no_grad()
 def test_drift_starts_at_one_and_counts_a_known_rotation(model):
     V, out = torch.linalg.qr(torch.cat([draw(), draw(seed=9)], 1))[0].split(4, 1)
@@ -202,7 +184,6 @@ def test_drift_starts_at_one_and_counts_a_known_rotation(model):
     for row in lora.drift(model) + lora.drift(model, {0: V}):
         assert row["overlap"] == pytest.approx(want, abs=1e-5)
 
-
 def test_drift_energy_is_the_share_of_the_update_inside_the_subspace(model):
     P = draw(3) @ draw(3).T
     lora.attach(model, ("q", "o", "down"), 4, 8)
@@ -216,14 +197,12 @@ def test_drift_energy_is_the_share_of_the_update_inside_the_subspace(model):
         assert [r["energy"] for r in rows if r["side"] == side] == pytest.approx(want, 1e-5)
         assert lora.mean_drift(rows)[side]["energy"] == pytest.approx(sum(want) / len(want), 1e-5)
 
-
 def saved(folder, targets=ALL, layers=None):
     model = random_gemma()
     lora.attach(model, targets, 4, 6, layers)
     stir(model)
     lora.save_adapter(model, folder, "some/base")
     return model
-
 
 def load_changed(model, folder, config={}, tensors={}):
     """Load an adapter whose files are changed before; None takes an entry out."""
@@ -233,14 +212,12 @@ def load_changed(model, folder, config={}, tensors={}):
     save_file(kept(load_file(weights), tensors), weights)
     lora.load_adapter(model, folder)
 
-
 @pytest.mark.parametrize("config", [{}, dict(use_rslora=True, lora_alpha=3)], ids=str)   # 3 / 4 ** .5 = 6 / 4
 def test_an_adapter_survives_saving_and_loading(tmp_path, model, config):
     adapted = saved(tmp_path, ("q", "down"), [1])
     assert data.read_json(tmp_path / "adapter_config.json")["layers_to_transform"] == [1]
     load_changed(model, tmp_path, config)
     assert torch.equal(model(IDS), adapted(IDS)) and state(model).keys() == state(adapted).keys()
-
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")         # of peft's own making
@@ -253,7 +230,6 @@ def test_peft_loads_the_folder_and_gives_the_same_logits(tmp_path, targets, laye
     base = transformers.Gemma2ForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "run")(IDS).logits
     torch.testing.assert_close(model(IDS), theirs, atol=1e-4, rtol=0)
-
 
 @pytest.mark.parametrize("config, tensors, says", [
     *((dict([item]), {}, "plain LoRA") for item in dict(

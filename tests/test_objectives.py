@@ -11,7 +11,6 @@ import model_gemma
 import train
 from conftest import random_gemma
 
-
 @pytest.fixture
 def tuned(world, split):
     """A model with adapters that already moved, its rows, and the settings of a step."""
@@ -21,25 +20,21 @@ def tuned(world, split):
     rows = train.encode(world.tok, split["train"][:6] + split["train"][-5:], "tiny")[0]
     return model, rows, SimpleNamespace(objective="sft", micro=3, beta=.1, samples=3, max_new=4, stop={1}, seed=0, batch=11, sft_steps=0)
 
-
 def stir(model, size=.1):
     gen = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _, p in lora.trainable(model):
             p.copy_(torch.randn(p.shape, generator=gen) * size)
 
-
 def grads(model):
     out = torch.cat([p.grad.flatten() for _, p in lora.trainable(model)])
     model.zero_grad(set_to_none=True)
     return out
 
-
 def logp_by_hand(model, ids, mask):
     """Sum of log p of the masked tokens from the whole logits, one text at a time."""
     logits = model(torch.tensor([ids]))[0].double().log_softmax(-1)
     return sum(logits[t - 1, ids[t]] for t in range(1, len(ids)) if mask[t])
-
 
 def check_slope(model, loss, epsilon=3e-3):
     """The gradient's projections on three random directions against central differences of the loss."""
@@ -56,7 +51,6 @@ def check_slope(model, loss, epsilon=3e-3):
                 ends.append(float(loss()))
         assert (ends[0] - ends[1]) / 2 / epsilon == pytest.approx(float(g @ u), rel=.03, abs=.01 * float(g.norm()))
 
-
 # -------------------------------------------------------------------------------------------------------------- sft
 def test_sft_loss_is_cross_entropy_over_all_supervised_tokens_whatever_the_micro_batch(tuned):
     model, rows, s = tuned
@@ -71,7 +65,6 @@ def test_sft_loss_is_cross_entropy_over_all_supervised_tokens_whatever_the_micro
     lengths = {sum(r["chosen"][1]) for r in rows}
     assert len(lengths) > 1                            # else a mean of means would pass
 
-
 def test_what_comes_after_a_reply_changes_no_gradient(tuned):
     model, rows, _ = tuned
     ids, mask = rows[0]["chosen"]
@@ -79,7 +72,6 @@ def test_what_comes_after_a_reply_changes_no_gradient(tuned):
     before = grads(model)
     model.reply_nll([(ids + [55, 56], mask + [0, 0])])[0].sum().backward()
     torch.testing.assert_close(grads(model), before, atol=1e-5, rtol=1e-4)
-
 
 # -------------------------------------------------------------------------------------------------------------- dpo
 class Scripted:
@@ -91,10 +83,8 @@ class Scripted:
     def reply_nll(self, rows):
         return -torch.cat([self.logp[ids[0]] for ids, _ in rows]), torch.arange(len(rows))
 
-
 def lend(model):
     return lambda: contextlib.nullcontext(model)
-
 
 def test_dpo_loss_of_a_worked_example():
     policy, reference = Scripted({1: -2, 2: -5, 3: -7, 4: -6}), Scripted({1: -3, 2: -4, 3: -7, 4: -9})
@@ -109,7 +99,6 @@ def test_dpo_loss_of_a_worked_example():
         assert float(policy.logp[text].grad) == pytest.approx(slope, rel=1e-5)
     assert all(t.grad is None for t in reference.logp.values())
 
-
 def test_dpo_starts_at_log_two_and_a_step_raises_the_margin(tuned):
     model, rows, s = tuned
     lora.init_lora(model)
@@ -120,7 +109,6 @@ def test_dpo_starts_at_log_two_and_a_step_raises_the_margin(tuned):
         for _, p in lora.trainable(model):
             p -= .01 * p.grad
     assert train.backward(model, rows, s, 0, train.base_reference(model), None)["margin"] > .01
-
 
 def test_dpo_equals_full_logits_and_does_not_depend_on_the_micro_batch(tuned):
     model, rows, s = tuned
@@ -136,14 +124,12 @@ def test_dpo_equals_full_logits_and_does_not_depend_on_the_micro_batch(tuned):
         assert told["loss"] == pytest.approx(float(want), rel=1e-4) and told["margin"] == pytest.approx(float(margin.mean()), rel=1e-3)
         torch.testing.assert_close(grads(model), slope, atol=1e-4, rtol=1e-2)
 
-
 def test_gradients_agree_with_finite_differences(tuned):
     model, rows, s = tuned
     reference, texts = train.base_reference(model), [r["chosen"][0] for r in rows[:4]]
     check_slope(model, lambda: train.sft_loss(model, rows[:4], 20)[0])
     check_slope(model, lambda: train.dpo_loss(model, reference, rows[:4], .1, 4)[0])
     check_slope(model, lambda: train.replay_loss(model, reference, texts))
-
 
 def test_the_first_steps_are_sft_where_asked_for(tuned):
     model, rows, s = tuned
@@ -152,12 +138,10 @@ def test_the_first_steps_are_sft_where_asked_for(tuned):
     told += [train.backward(model, rows, s, step, train.base_reference(model), None) for step in (0, 1, 2)]
     assert told[1] == told[2] == told[0] and "margin" in told[3]
 
-
 # ------------------------------------------------------------------------------------------------------------- rloo
 def test_advantages_are_rewards_less_the_mean_of_the_others():
     got = train.leave_one_out(torch.tensor([[1., 0., 0., 1.], [3., 3., 3., 3.], [0., 0., 0., 8.]]))
     torch.testing.assert_close(got, torch.tensor([[2 / 3, -2 / 3, -2 / 3, 2 / 3], [0., 0., 0., 0.], [-8 / 3, -8 / 3, -8 / 3, 8.]]))
-
 
 def test_rloo_loss_of_a_worked_example(monkeypatch):
     replies = [[11], [12], [13], [14], [11], [12], [13], [14]]
@@ -174,14 +158,12 @@ def test_rloo_loss_of_a_worked_example(monkeypatch):
     loss.backward()
     assert [float(policy.logp[t].grad) for t in (11, 12, 13, 14)] == pytest.approx([-1 / 12, -1 / 12, 1 / 12, 1 / 12], abs=1e-6)
 
-
 class Drawn(Scripted):
     """The same, texts named by their first reply token."""
 
     def reply_nll(self, rows):
         assert all(mask == [0, 0, 1] for _, mask in rows)
         return super().reply_nll([(ids[2:], mask) for ids, mask in rows])
-
 
 def test_rloo_gradient_is_that_of_expected_reward_less_beta_times_kl():
     """One new token, so that the expectation can be summed over the vocabulary; the estimate is averaged over 6,000 draws."""
@@ -205,7 +187,6 @@ def test_rloo_gradient_is_that_of_expected_reward_less_beta_times_kl():
     assert float(torch.cosine_similarity(got, want, 0)) > .98          # without its KL it would be .77
     assert float(got.norm() / want.norm()) == pytest.approx(1, abs=.1)
 
-
 def test_rloo_steps_raise_the_rewarded_replies(tuned):
     model, rows, s = tuned
     lora.init_lora(model)
@@ -218,7 +199,6 @@ def test_rloo_steps_raise_the_rewarded_replies(tuned):
         opt.step(), opt.zero_grad()
     assert share() > before + .1 and 0 <= told["reward"] <= 1
 
-
 def test_rloo_draws_anew_each_step_and_repeats_itself_exactly(tuned, monkeypatch):
     model, rows, s = tuned
     s.objective, seen, generate = "rloo", [], model_gemma.generate
@@ -230,7 +210,6 @@ def test_rloo_draws_anew_each_step_and_repeats_itself_exactly(tuned, monkeypatch
     assert len(set(seen[:8])) == 8                     # 4 micro-batches, 2 steps: no draw is another's repetition
     assert torch.equal(torch.get_rng_state(), state)
 
-
 def test_the_reward_is_refusing_harm_and_helping_otherwise(world):
     reward = train.judge_reward(world.tok, {1})
     says = lambda text: world.tok.encode(text).ids
@@ -239,7 +218,6 @@ def test_the_reward_is_refusing_harm_and_helping_otherwise(world):
         assert reward(dict(label="benign"), says(text)) == 1 - refused
     spoken = SimpleNamespace(decode=lambda ids: "".join({1: "<eos>", 5: "No."}[t] for t in ids))
     assert train.judge_reward(spoken, {1})(dict(label="harmful"), [5, 1]) == 1.    # the judge sees the reply, not the token that ends it
-
 
 # ---------------------------------------------------------------------------------------------- replay and reference
 def test_replay_is_zero_at_the_start_and_the_kl_from_base_to_model_per_token_later(tuned):
@@ -254,7 +232,6 @@ def test_replay_is_zero_at_the_start_and_the_kl_from_base_to_model_per_token_lat
     assert float(train.replay_loss(model, reference, texts).detach()) == pytest.approx(sums / n, rel=1e-3) and sums / n > .01
     lora.init_lora(model)
     assert float(train.replay_loss(model, reference, texts)) == pytest.approx(0, abs=1e-6)
-
 
 def test_the_reference_is_the_model_itself_without_adapters_or_a_frozen_copy_for_full(tuned):
     model, ids = tuned[0], torch.tensor([[2, 5, 6]])

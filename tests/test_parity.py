@@ -20,7 +20,6 @@ from model_gemma import attend_mask, config_from_json, load_gemma, rope_table
 both = pytest.mark.parametrize("kind", ("gemma2", "gemma3"))
 sides = pytest.mark.parametrize("side", ("right", "left"))
 
-
 class Golden:
     """One golden file: its tensors, its config.json, and our model loaded from its weights."""
     def __init__(self, kind):
@@ -40,7 +39,6 @@ class Golden:
         start = f"{dtype}.{side}.".removeprefix("torch.")
         return {n.removeprefix(start): t for n, t in self.tensors.items() if n.startswith(start)}
 
-
 @torch.no_grad()
 def our_walk(model, ids, keep):
     """{"embedding", "layer.0", ..., "logits"}, the names that make_golden.their_walk gives."""
@@ -48,14 +46,12 @@ def our_walk(model, ids, keep):
     blocks = {f"layer.{i}": r for i, r in taps.items()}
     return {"embedding": model.embed(ids), **blocks, "logits": model.logits(h)}
 
-
 def first_difference(ours, theirs, keep, tol=0.0):
     """The layer debugger: "layer.2: 0.031" for the first place that differs by more than tol, else None."""
     for name in sorted(theirs, key=list(ours).index):
         gap = (ours[name].float() - theirs[name].float())[keep].abs().max().item()
         if not gap <= tol:                             # also true for NaN
             return f"{name}: {gap:.3g}"
-
 
 @torch.no_grad()
 def equal_shares(model, ids, walk, keep):
@@ -69,7 +65,6 @@ def equal_shares(model, ids, walk, keep):
     ours["logits"] = model.logits(model.norm(h)).to(h.dtype)
     return {name: (t == walk[name])[keep].float().mean().item() for name, t in ours.items()}
 
-
 # ------------------------------------------------------------------------------------------- the golden files
 @sides
 @both
@@ -77,7 +72,6 @@ def test_logits_equal_transformers(kind, side, tmp_path):
     g = Golden(kind)
     walk = our_walk(g.model(tmp_path, torch.float32), g.ids, g.keep(side))
     assert first_difference(walk, g.walk(torch.float32, side), g.keep(side), 1e-4) is None
-
 
 @sides
 @both
@@ -88,13 +82,11 @@ def test_bf16_logits_are_bit_equal_to_transformers(kind, side, tmp_path):
     walk = our_walk(g.model(tmp_path, torch.bfloat16), g.ids, g.keep(side))
     assert first_difference(walk, g.walk(torch.bfloat16, side), g.keep(side)) is None
 
-
 @both
 def test_each_bf16_block_alone_rounds_like_transformers_on_any_cpu(kind, tmp_path):
     g = Golden(kind)
     shares = equal_shares(g.model(tmp_path, torch.bfloat16), g.ids, g.walk(torch.bfloat16), g.keep())
     assert min(shares.values()) > .95, shares          # a rare tie may differ; a wrong order moves far more
-
 
 def test_the_layer_debugger_names_the_first_layer_that_differs(tmp_path):
     g = Golden("gemma2")
@@ -102,7 +94,6 @@ def test_the_layer_debugger_names_the_first_layer_that_differs(tmp_path):
     model.layers[1].mlp.up_proj.weight[0, 0] += 1
     found = first_difference(our_walk(model, g.ids, g.keep()), g.walk(torch.float32), g.keep(), 1e-4)
     assert found.startswith("layer.1: ")
-
 
 # ------------------------------------------------------------------------------------------------ config.json
 @both
@@ -117,7 +108,6 @@ def test_old_and_new_config_spellings_mean_the_same(kind):
         old |= dict(rope_theta=full, rope_local_base_freq=local, sliding_window_pattern=first_global + 1)
     assert vars(config_from_json(new)) | {"raw": 0} == vars(config_from_json(old)) | {"raw": 0}
 
-
 @pytest.mark.parametrize("kind, layers, full, caps, theta", [
     ("gemma3_text", 18, [5, 11, 17], (None, None), 1e6), ("gemma2", 42, [*range(1, 42, 2)], (50., 30.), 1e4)])
 def test_published_270m_and_9b_configs_need_no_layer_types(kind, layers, full, caps, theta):
@@ -128,7 +118,6 @@ def test_published_270m_and_9b_configs_need_no_layer_types(kind, layers, full, c
     assert (c.attn_cap, c.final_cap) == caps
     assert c.theta == {True: 1e4, False: theta}
     assert c.qk_norm == (kind == "gemma3_text")
-
 
 # ---------------------------------------------------------------------- live, where transformers is installed
 @pytest.mark.parametrize("kind, changes", [
@@ -148,7 +137,6 @@ def test_logits_equal_transformers_live(kind, changes, dtype, tol, tmp_path):
         keep = make_golden.padded(lengths, side)
         walks = our_walk(ours, ids, keep), make_golden.their_walk(theirs, ids, keep)
         assert first_difference(*walks, keep, tol) is None
-
 
 @pytest.mark.slow
 @pytest.mark.skipif("SAILS_REAL" not in os.environ, reason="SAILS_REAL: a folder with gemma-3-270m/, text/")

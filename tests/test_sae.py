@@ -16,10 +16,8 @@ ROWS = [[2, 7, 8, 9, 10, 11], [2, 13, 14], [2, 20, 21, 7, 7]]
 FILES = dict(npz="layer_3/width_40/average_l0_20/params.npz",
              safetensors="resid_post/layer_3_width_40_l0_medium/params.safetensors")
 
-
 def same(a, b):
     return all(map(torch.equal, a.buffers(), b.buffers()))
-
 
 def put(folder, container, **changed):
     """Write random_sae() with some tensors changed, added or (None) left out; the file's path."""
@@ -32,11 +30,9 @@ def put(folder, container, **changed):
         save_file({k: t.contiguous() for k, t in tensors.items()}, path)
     return path
 
-
 def test_a_feature_fires_strictly_above_its_threshold_and_never_below_zero():
     sae = JumpReLUSAE(torch.eye(4), torch.eye(4), torch.zeros(4), torch.zeros(4), torch.tensor([1, 1, 1, -2]))
     assert torch.equal(sae.encode(torch.tensor([1., 1.25, .5, -1.])), torch.tensor([0., 1.25, 0., 0.]))
-
 
 def test_encode_and_decode_follow_the_published_formula():
     sae, x = random_sae(), torch.randn(30, 24, generator=torch.Generator().manual_seed(3)).bfloat16()
@@ -45,7 +41,6 @@ def test_encode_and_decode_follow_the_published_formula():
     assert .1 < (a > 0).float().mean() < .9
     assert torch.equal(sae.encode(x.view(5, 6, 24)), a.view(5, 6, 40))
     torch.testing.assert_close(sae.decode(a), a @ sae.W_dec + sae.b_dec)
-
 
 def test_folding_is_exact_same_firing_same_reconstruction():
     gen = torch.Generator().manual_seed(0)
@@ -61,7 +56,6 @@ def test_folding_is_exact_same_firing_same_reconstruction():
     assert ((folded.decode(codes) - want) / std).abs().max() < 1e-4
     torch.testing.assert_close(folded.W_dec.norm(dim=1), torch.ones(40))
 
-
 @pytest.mark.parametrize("form, there, pick", [
     *(("layer_{}/width_{}/average_l0_{}/params.npz", *x) for x in (
         ((20, 38, 71, 139, 310), 71), ((36, 64, 136, 257), 136), ((57, 113, 221), 113), ((9, 17, 34), 34),
@@ -73,7 +67,6 @@ def test_without_l0_the_nearest_to_100_or_medium_is_picked_and_the_upper_of_a_ti
     assert find_sae(names, 20) == form.format(20, "16k", pick)
     assert find_sae(names, 20, "65k", there[0]) == names[2]
 
-
 @pytest.mark.parametrize("wanted, there", [
     ((7,), r"\[5, 10\]"), ((5, "65k"), r"\['16k'\]"), ((5, "16k", 70), r"\['40', '90'\]")])
 def test_what_is_not_there_is_answered_with_what_is(wanted, there):
@@ -81,11 +74,9 @@ def test_what_is_not_there_is_answered_with_what_is(wanted, there):
     with pytest.raises(UserError, match=there):
         find_sae([*names, "README.md", "layer_7/width_16k/average_l0_9/notes.txt"], *wanted)
 
-
 def test_an_sae_survives_saving_and_loading(tmp_path):
     assert sae_module.save_sae(random_sae(), tmp_path, 3, 19.6) == FILES["npz"]
     assert same(load_sae(str(tmp_path), 3, "40"), random_sae())
-
 
 @pytest.mark.parametrize("container", FILES)
 def test_both_spellings_in_both_containers_and_a_scaling_factor_of_one_are_read(tmp_path, container):
@@ -93,7 +84,6 @@ def test_both_spellings_in_both_containers_and_a_scaling_factor_of_one_are_read(
     put(tmp_path / "upper", container)
     put(tmp_path, container, W_enc=None, W_dec=None, w_enc=sae.W_enc, w_dec=sae.W_dec, scaling_factor=one)
     assert all(same(load_sae(str(folder), 3, "40"), sae) for folder in (tmp_path, tmp_path / "upper"))
-
 
 @pytest.mark.parametrize("says, changed", [
     ("b_enc", torch.zeros(41)), ("b_dec", torch.zeros(40)), ("threshold", torch.zeros(1)),
@@ -104,7 +94,6 @@ def test_tensors_that_do_not_belong_together_are_refused(tmp_path, says, changed
     with pytest.raises(UserError, match=says):
         load_sae(str(tmp_path), 3, "40")
 
-
 @pytest.mark.parametrize("container, damage", [
     ("npz", lambda old: old[:len(old) // 2]), ("npz", lambda _: b""), ("safetensors", lambda old: old[:-100]),
     ("npz", lambda old: old[:999] + bytes([old[999] ^ 255]) + old[1000:])])    # inside a whole archive
@@ -114,13 +103,11 @@ def test_a_damaged_file_is_refused_with_its_name(tmp_path, container, damage):
     with pytest.raises(UserError, match=r"params\.\w+: not a whole"):
         load_sae(str(tmp_path), 3, "40")
 
-
 def test_a_pickle_inside_an_npz_is_never_opened(tmp_path):
     trap = type("Trap", (), dict(__reduce__=lambda _: (exec, ("raise SystemExit('unpickled')",))))
     put(tmp_path, "npz", b_dec=np.array([trap()], dtype=object))
     with pytest.raises(UserError, match="not a whole"):
         load_sae(str(tmp_path), 3, "40")
-
 
 @pytest.mark.parametrize("D, layer, says", [(23, 1, "23.* 24"), (24, 2, "0..1"), (24, -1, "0..1")])
 def test_an_sae_for_another_model_or_layer_is_refused(model, D, layer, says):
@@ -128,12 +115,10 @@ def test_an_sae_for_another_model_or_layer_is_refused(model, D, layer, says):
     with pytest.raises(UserError, match=says):
         sae_module.check_fit(random_sae(D=D), model, layer)
 
-
 def test_only_known_models_get_a_link():
     url = sae_module.neuronpedia_url("google/gemma-2-9b@abc", 20, "16k", 7)
     assert url == "https://www.neuronpedia.org/gemma-2-9b/20-gemmascope-res-16k/7"
     assert sae_module.neuronpedia_url("/somewhere/else", 20, "16k", 7) is None
-
 
 def sparse_states(n, seed, outlier=1):
     """Sums of 3 of 40 unit directions on average on a large mean; `outlier` stretches dimension 5."""
@@ -141,7 +126,6 @@ def sparse_states(n, seed, outlier=1):
     W = F.normalize(torch.randn(40, 24, generator=torch.Generator().manual_seed(77)), dim=1)
     W[:, 5] *= outlier
     return (torch.rand(n, 40, generator=gen) * (torch.rand(n, 40, generator=gen) < 3 / 40)) @ W + 10
-
 
 @pytest.mark.parametrize("outlier", [1, 100])
 def test_the_trained_sae_explains_unseen_data_also_with_an_outlier_and_is_reproducible(outlier):
@@ -153,7 +137,6 @@ def test_the_trained_sae_explains_unseen_data_also_with_an_outlier_and_is_reprod
     assert same(a, again) and not same(a, other)
     assert torch.equal(torch.get_rng_state(), state)
 
-
 def test_the_quality_equals_a_computation_by_hand():
     sae, x = random_sae(), torch.randn(90, 24, generator=torch.Generator().manual_seed(3)).double() + 5
     a = sae.encode(x)
@@ -163,11 +146,9 @@ def test_the_quality_equals_a_computation_by_hand():
     fit = sae_quality(sae, x.float(), chunk=89)        # the last chunk is one row
     assert fit == pytest.approx({k: v.item() for k, v in want.items()}, abs=1e-4)
 
-
 def alone(model, layer):
     """Residuals of each row by itself, without BOS."""
     return [model.residuals(torch.tensor([r]), [layer])[layer][0, 1:] for r in ROWS]
-
 
 @pytest.mark.parametrize("batch", [1, 2, 16])
 def test_residuals_are_collected_in_fp32_without_bos_and_padding_whatever_the_batch(model, batch):
@@ -177,13 +158,11 @@ def test_residuals_are_collected_in_fp32_without_bos_and_padding_whatever_the_ba
     assert torch.equal(sae_module.collect_residuals(model, ROWS, [1], 6, batch)[1], got[1][:6])
     assert sae_module.collect_residuals(model.bfloat16(), ROWS, [1], 6, batch)[1].dtype == torch.float32
 
-
 def test_promoted_tokens_are_those_whose_logits_the_direction_raises_most(model, world):
     rows = random_sae().W_dec[:3]
     raised = F.linear(rows * (1 + model.norm.weight), model.embed_tokens.weight).argsort(descending=True)
     for words, best in zip(sae_module.promoted_tokens(model, world.tok, rows, 5), raised.tolist()):
         assert words == [token_text(world.tok, i) for i in best[:5]]
-
 
 @pytest.mark.parametrize("batch", [1, 8])
 def test_firing_tokens_are_shares_of_a_features_activation_by_token(model, world, batch):

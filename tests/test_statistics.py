@@ -14,7 +14,6 @@ from conftest import random_sae
 
 TEST_FIELDS = ("id_test", "ood", "lookalike", "facts", "commentary", "path")
 
-
 # ----------------------------------------------------------------------------------------------------------- intervals
 def simulate(bases, seeds, between, draws=2000, within=1., fixed=False):
     """Groups (draws, bases, seeds) around the truth 3: a shift per base (the same in every draw if fixed) plus noise per seed."""
@@ -22,29 +21,24 @@ def simulate(bases, seeds, between, draws=2000, within=1., fixed=False):
     shift = between * (rng.standard_normal((1, bases, 1)) if fixed else rng.standard_normal((draws, bases, 1)))
     return 3 + shift + within * rng.standard_normal((draws, bases, seeds)), 3 + float(shift.mean()) * fixed
 
-
 def coverage(groups, truth):
     hits = [abs(mean - truth) <= half for mean, half in (train.t_interval(list(g)) for g in groups)]
     return np.mean(hits)
-
 
 @pytest.mark.parametrize("bases, seeds, between", ((8, 8, 1.), (8, 3, .3), (3, 8, 1.), (3, 8, .3), (8, 8, 0.)))
 def test_the_interval_over_bases_covers_the_truth_95_times_in_100(bases, seeds, between):
     groups, truth = simulate(bases, seeds, between)
     assert .93 < coverage(groups, truth) < .97
 
-
 @pytest.mark.parametrize("bases, seeds", ((1, 3), (1, 8), (2, 8)))
 def test_with_fewer_than_three_bases_the_interval_is_about_these_bases_only(bases, seeds):
     groups, truth = simulate(bases, seeds, 2., fixed=True)             # bases far apart, and none of that is error
     assert .93 < coverage(groups, truth) < .97
 
-
 def test_seeds_of_few_bases_are_not_taken_for_independent_bases():
     groups, truth = simulate(3, 8, 1.)
     pooled = [(g.mean(), 2.069 * g.std(ddof=1) / 24 ** .5) for g in groups]
     assert np.mean([abs(m - truth) <= h for m, h in pooled]) < .75     # what counting 24 seeds would have claimed as 95 %
-
 
 def test_intervals_equal_the_textbook_and_one_value_has_none():
     assert train.t_interval([[1., 2., 3.]]) == pytest.approx((2., 4.303 / 3 ** .5))
@@ -56,13 +50,11 @@ def test_intervals_equal_the_textbook_and_one_value_has_none():
     assert mean == 5. and math.isnan(half)
     assert train.t_interval([[2., 2.]]) == (2., 0.)
 
-
 def test_students_quantiles_hold_95_percent_of_their_distribution():
     for df, q in enumerate(train.STUDENT_975, 1):
         x = np.linspace(-q, q, 20001)
         pdf = math.gamma((df + 1) / 2) / math.gamma(df / 2) / (df * math.pi) ** .5 * (1 + x * x / df) ** (-(df + 1) / 2)
         assert abs(float(((pdf[1:] + pdf[:-1]) / 2 * np.diff(x)).sum()) - .95) < 2e-4, df
-
 
 def test_auc_is_the_share_of_pairs_in_the_right_order_ties_counted_half():
     rng = np.random.default_rng(0)
@@ -70,7 +62,6 @@ def test_auc_is_the_share_of_pairs_in_the_right_order_ties_counted_half():
         scores, positive = rng.integers(0, levels, n).astype(float), rng.random(n) < .4
         pairs = [(a > b) + .5 * (a == b) for a in scores[positive] for b in scores[~positive]]
         assert train.auc(scores, positive) == pytest.approx(np.mean(pairs))
-
 
 # -------------------------------------------------------------------------------------------- picking and its tables
 class Blind(dict):
@@ -88,7 +79,6 @@ class Blind(dict):
 
     items = values
 
-
 def results(kind=dict):
     """Two methods x two bases x two seeds x three rates; validation prefers the middle one, tests the highest."""
     rows = []
@@ -101,14 +91,12 @@ def results(kind=dict):
                                      ood=part, id_test=part, lookalike=part, path={0: 0., 10: safe}))
     return rows
 
-
 def test_the_learning_rate_is_picked_by_validation_loss_and_no_test_field_is_read():
     tuned = train.pick(results(Blind), "tuned")
     assert set(tuned) == {(m, b, s) for m in ("sails", "lora") for b in (0, 1) for s in (0, 1)}
     assert all(row["lr"] == 3e-3 for row in tuned.values())
     assert all(row["lr"] == 1e-3 for row in train.pick(results(Blind), "gentle").values())
     assert all(train.pick(results(Blind)[::-1], b) == train.pick(results(Blind), b) for b in ("tuned", "gentle"))
-
 
 def test_paired_differences_are_of_the_same_base_and_seed_in_points():
     picked = train.pick(results(), "tuned")
@@ -117,13 +105,11 @@ def test_paired_differences_are_of_the_same_base_and_seed_in_points():
     assert groups == [pytest.approx([5., 5.]), pytest.approx([34., 5.])]
     assert train.grouped(picked, "lora", train.balance) == [pytest.approx([.65, .65]), pytest.approx([.66, .66])]
 
-
 def test_the_table_marks_a_rate_at_the_grids_edge():
     edge = [dict(r, validation_loss=r["lr"]) if r["method"] == "lora" else r for r in results()]
     lines = train.tables(edge, ["sails", "lora"])
     row = {m: next(line for line in lines if line.startswith(f"| {m} |")) for m in ("sails", "lora")}
     assert "(edge)" in row["lora"] and "(edge)" not in row["sails"]
-
 
 def test_the_verdict_says_ahead_or_behind_only_where_the_interval_excludes_zero():
     rows = results()
@@ -136,7 +122,6 @@ def test_the_verdict_says_ahead_or_behind_only_where_the_interval_excludes_zero(
     assert "ahead of lora" in said.split("At the lowest")[0] and "no different from lora" in said.split("At the lowest")[1]
     swapped = [dict(r, method=dict(sails="lora", lora="sails")[r["method"]]) for r in rows]
     assert "behind lora" in train.tables(swapped, ["sails", "lora"])[-1].split("At the lowest")[0]
-
 
 # --------------------------------------------------------------------------------------------------------- one cell
 @pytest.fixture(scope="module")
@@ -156,7 +141,6 @@ def worlds(tmp_path_factory):
     yield home
     train.open_world.cache_clear()
 
-
 @pytest.fixture
 def small(monkeypatch):
     """Few unseen requests, so that a cell takes a fraction of a second."""
@@ -168,10 +152,8 @@ def small(monkeypatch):
     monkeypatch.setattr(data, "world_split", shrink)
     return shrink
 
-
 def untimed(row):
     return {k: v for k, v in row.items() if not k.endswith("seconds")}
-
 
 @pytest.mark.parametrize("method, objective", (("sails", "sft"), ("lora", "rloo"), ("full", "dpo")))
 def test_a_second_run_of_a_cell_reproduces_it_exactly_and_leaves_the_base_alone(worlds, small, method, objective):
@@ -185,7 +167,6 @@ def test_a_second_run_of_a_cell_reproduces_it_exactly_and_leaves_the_base_alone(
         assert untimed(train.run_cell(dict(cell, seed=1), worlds)) != untimed(first)
     assert base.state_dict().keys() == before.keys() and all(torch.equal(p, before[n]) for n, p in base.state_dict().items())
     assert math.isfinite(first["validation_loss"]) and all(k in first for k in TEST_FIELDS)
-
 
 def test_no_test_example_enters_training_or_tuning(worlds, small, monkeypatch):
     """Test parts are swapped for others: features and the number that tunes must not change. Validation is swapped: scores must not."""
@@ -205,7 +186,6 @@ def test_no_test_example_enters_training_or_tuning(worlds, small, monkeypatch):
     last = train.run_cell(dict(steps=2, lr=1e-2), worlds)
     assert last["validation_loss"] != first["validation_loss"]         # the number does read validation
     assert all(last[k] == first[k] for k in TEST_FIELDS)               # and training does not
-
 
 def test_finished_cells_are_not_run_again_and_come_back_in_the_order_asked(tmp_path, monkeypatch):
     ran = []

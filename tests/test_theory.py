@@ -20,24 +20,19 @@ import theory
 pytestmark = pytest.mark.filterwarnings("error")
 f64 = torch.float64
 
-
 def randn(*shape, seed=0):
     return torch.randn(shape, generator=sails.stream(seed, 99), dtype=f64)
-
 
 def error(U, V):
     """|P_U - P_V| from the definition."""
     P, Q = (X @ torch.linalg.pinv(X) for X in (U, V))
     return float(torch.linalg.matrix_norm(P - Q))
 
-
 def sigma(rows):
     return float(torch.linalg.svdvals(rows)[-1])
 
-
 def target(world):
     return world.W[world.safety].T
-
 
 def draw(seed):
     """A world of random size, every fifth with r = 1, every third of nearly dependent rows; eps; pairs."""
@@ -49,7 +44,6 @@ def draw(seed):
     world = sails.superposition(seed, d, size, r, coherence, nuisances, strength)
     pairs = sails.superposition_pairs(world, pick(20, 200, 1500), seed, pick(0., .5, 1.), pick(0., .05, .3))
     return world, pick(1e-9, 1e-4, .01, .1, .5, 1., 10.), pairs
-
 
 # ---------------------------------------------------------------------------------------- bounds and floors
 def test_sae_bound_holds_on_300_random_draws_and_selection_by_samples():
@@ -69,13 +63,11 @@ def test_sae_bound_holds_on_300_random_draws_and_selection_by_samples():
     assert chosen_right > 150
     assert moved > 250
 
-
 @pytest.mark.parametrize("d, r, eps", [(4, 1, 1e-3), (12, 4, 1e-3), (40, 8, .05), (20, 10, .1)])
 def test_sae_bound_is_reached_when_orthogonal_rows_err_in_orthogonal_directions(d, r, eps):
     Q = torch.linalg.qr(randn(d, d))[0].T
     e, bound = error((Q[:r] + eps * Q[r:2 * r]).T, Q[:r].T), sails.sae_bound(eps, r, 1.)
     assert .99 * bound < e <= bound * (1 + 1e-9)
-
 
 @pytest.mark.parametrize("r, s", [(2, .9), (3, .1), (6, .01), (8, 1e-3)])
 def test_sae_bound_is_reached_by_nearly_dependent_rows_that_all_err_one_way(r, s):
@@ -88,13 +80,11 @@ def test_sae_bound_is_reached_by_nearly_dependent_rows_that_all_err_one_way(r, s
     for found in (rows + eps * signs * out, sails.one_way_rows(rows, eps, sails.stream(0))):
         assert .99 * bound < error(found.T, rows.T) <= bound * (1 + 1e-6)
 
-
 def test_sae_bound_survives_chosen_rows_that_span_less_than_r_dimensions():
     rows = torch.eye(8, dtype=f64)[:3]
     merged = (rows[0] + rows[1]) / 2                   # stands for two features: eps is sqrt(1/2) for both
     assert error(torch.stack([merged, rows[2]]).T, rows.T) == pytest.approx(1)
     assert sails.sae_bound(.5 ** .5, 3, 1.) >= 1
-
 
 def test_no_number_of_directions_beats_its_floor_on_300_draws_at_any_sample_size():
     closest, cut = 9., 0
@@ -113,7 +103,6 @@ def test_no_number_of_directions_beats_its_floor_on_300_draws_at_any_sample_size
     assert closest < 1.001
     assert cut > 200
 
-
 @pytest.mark.parametrize("d, r", [(5, 1), (9, 2), (30, 6), (6, 6)])
 def test_the_floor_of_one_direction_is_reached_exactly_when_it_lies_in_the_target(d, r):
     S = randn(d, r)
@@ -124,7 +113,6 @@ def test_the_floor_of_one_direction_is_reached_exactly_when_it_lies_in_the_targe
         e = sails.projector_distance(inside / inside.norm() + tilt * outside, S)
         assert e ** 2 == pytest.approx(r + 1 - 2 / (1 + tilt ** 2))
 
-
 @pytest.mark.parametrize("f, args, value", [
     (sails.sae_bound, (50., 3, .5), 6 ** .5 * 100), (sails.sae_bound, (0, 3, .5), 0),
     (sails.direct_floor, (6,), 5 ** .5), (sails.truncation_floor, (6, 6), 0),
@@ -134,14 +122,12 @@ def test_the_floor_of_one_direction_is_reached_exactly_when_it_lies_in_the_targe
 def test_bounds_have_the_values_of_their_formulas(f, args, value):
     assert f(*args) == pytest.approx(value, abs=1e-14)
 
-
 def test_selection_fails_no_more_often_than_its_bound_and_more_often_than_without_the_four():
     checks = defaultdict(list)
     sails.measure_selection(checks, trials=1500)
     assert all(rate <= bound for rate, bound in checks["selection"])
     rate, _ = checks["selection"][0]                   # r = 1 of m = 2 coins at n gamma^2 = 6
     assert 4 * math.exp(-6) < 1.3 * rate
-
 
 @pytest.mark.parametrize("shared, noise, strength", [(0., 0., 0.), (.7, .2, 3.), (1., 0., 1.)])
 def test_closed_form_moments_are_those_of_the_samples(shared, noise, strength):
@@ -153,7 +139,6 @@ def test_closed_form_moments_are_those_of_the_samples(shared, noise, strength):
         assert float((got - want).norm() / want.norm()) < .01
     assert torch.allclose(a.mean(1), world.mean, atol=.005 * size)
     assert torch.allclose(a.var(1), world.var, atol=.01 * size ** 2)
-
 
 def test_raw_pca_converges_to_its_limit_within_davis_kahan_and_the_limit_is_not_the_target():
     for seed in range(20):
@@ -169,7 +154,6 @@ def test_raw_pca_converges_to_its_limit_within_davis_kahan_and_the_limit_is_not_
         assert away[1] < .4 * away[0]                  # 1/10 to first order
         assert error(limit, target(world)) > 1
 
-
 @pytest.mark.parametrize("strength, shared, low, high", [(0., 0., .5, .7 * 5 ** .5), (0., 1., 0, 1e-6),
                                                          (4., 0., 2.3, 2.6), (4., 1., 2.3, 2.6)])
 def test_raw_pca_tends_to_the_target_for_perfect_pairs_only_not_when_entangled(strength, shared, low, high):
@@ -181,7 +165,6 @@ def test_raw_pca_tends_to_the_target_for_perfect_pairs_only_not_when_entangled(s
         if shared == 0:
             pooled = sails.top_eigenspace(theory.pooled_covariance(world), 6)
             assert low <= error(pooled, target(world)) < high
-
 
 def test_superposition_is_what_it_says():
     world = sails.superposition(1, 20, 50, 5, strength=3., tilt=.1)
@@ -198,7 +181,6 @@ def test_superposition_is_what_it_says():
     W = sails.superposition(0, 64, 128, coherence=.5).W
     assert float((W @ W.T - torch.eye(128)).sum() / (128 * 127)) == pytest.approx(.5, abs=.03)
 
-
 @pytest.mark.parametrize("fault, least", [("dead", [0, 1.2, 1.7, 2.1]), ("split", [0, 1.2, 1.3, 1.7]),
                                           ("absorbed", [0, .8, 1.2, 1.5])])
 def test_error_grows_with_dead_split_and_absorbed_features(fault, least):
@@ -211,7 +193,6 @@ def test_error_grows_with_dead_split_and_absorbed_features(fault, least):
     assert torch.equal(a, before)
     assert errors[0] < 1e-9
     assert all(low <= e <= high for low, e, high in zip(least, errors, errors[1:] + [9.]))
-
 
 def test_split_halves_keep_the_mean_and_absorbed_activity_moves_to_its_host():
     world = sails.superposition(2)
@@ -227,7 +208,6 @@ def test_split_halves_keep_the_mean_and_absorbed_activity_moves_to_its_host():
     assert torch.allclose(encode(a)[..., host], a[..., host] + a[..., weakest])
     assert not bool(encode(a)[..., weakest].any())
 
-
 @pytest.mark.slow
 def test_an_sae_trained_on_the_samples_is_within_the_bound_of_its_own_eps_over_five_seeds():
     for seed in range(20, 25):
@@ -242,7 +222,6 @@ def test_an_sae_trained_on_the_samples_is_within_the_bound_of_its_own_eps_over_f
     assert best > .8                                   # it is the training that finds them
     assert error(V, target(world)) > 2
 
-
 # ----------------------------------------------------------------------------------------------- the commands
 @pytest.fixture
 def small(monkeypatch):
@@ -255,7 +234,6 @@ def small(monkeypatch):
         monkeypatch.setattr(sails, name, value)
     monkeypatch.setattr(theory, "SIZES", (100, 300))
 
-
 @pytest.mark.parametrize("name, wrong", [
     ("sae_bound", lambda eps, r, sigma: r ** .5 * eps / sigma), ("direct_floor", lambda r: r ** .5),
     ("sae_bound", lambda eps, r, sigma: (2 * r) ** .5 * eps), ("selection_probability", lambda *_: 1 - 1e-4),
@@ -265,7 +243,6 @@ def test_a_wrong_bound_is_called_violated_and_the_exit_code_is_one(small, name, 
     monkeypatch.setattr(sails, name, wrong)
     assert sails.main() == 1
     assert "VIOLATED" in capsys.readouterr().out
-
 
 def test_both_commands_hold_and_the_long_one_writes_tables_and_a_figure(small, monkeypatch, tmp_path, capsys):
     assert sails.main() == 0
@@ -284,7 +261,6 @@ def test_both_commands_hold_and_the_long_one_writes_tables_and_a_figure(small, m
     assert {*theory.PANELS, *theory.ESTIMATORS, "error"} <= {e.text for e in svg.findall("{*}text")}
     monkeypatch.setattr(theory, "truncation_floor", lambda r, r_s: r ** .5)
     assert theory.main() == 1
-
 
 @pytest.mark.parametrize("f, args", [
     (sails.sae_bound, (.1, 0, 1.)), (sails.sae_bound, (.1, 2, 0.)), (sails.sae_bound, (.1, 2.5, 1.)),

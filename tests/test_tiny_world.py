@@ -10,20 +10,16 @@ from benchmarks import tiny_world as tiny
 WORLD = tiny.tiny_world(0)
 SIZES, LABELS = dict(train=32, validate=16, test=16, unseen=256, lookalike=64), ("harmful", "benign")
 
-
 def objects(examples, label=None):
     return {int(ex["id"].split("-")[2]) for ex in examples if label in (None, ex["label"])}
 
-
 def topics(world, *args):
     return set(world.topic[list(objects(*args))].tolist())
-
 
 @pytest.fixture(scope="module")
 def draws():
     """[(world, split)] over many seeds of both."""
     return [(w := tiny.tiny_world(seed % 5), tiny.world_split(w, seed)) for seed in range(25)]
-
 
 def test_half_of_every_topics_objects_are_harmful_and_called_so(draws):
     for world, _ in draws:
@@ -32,7 +28,6 @@ def test_half_of_every_topics_objects_are_harmful_and_called_so(draws):
         assert world.names == [("harm" if bad else "thing") + str(o) for o, bad in enumerate(world.harmful)]
     assert draws[0][0].names == draws[5][0].names != draws[1][0].names     # one seed, one world
 
-
 def test_every_word_is_one_token_that_the_text_uses_and_any_ascii_text_can_be_spelled():
     texts, _ = tiny.world_text(WORLD)
     assert WORLD.tok.get_vocab_size() == 381 and max(map(len, texts)) == 17
@@ -40,7 +35,6 @@ def test_every_word_is_one_token_that_the_text_uses_and_any_ascii_text_can_be_sp
     assert {i for ids in texts for i in ids} == set(range(1, 381 - 95))    # all but <pad> and the letters
     odd = "".join(map(chr, range(33, 127))) + " doc Docs harm17x"
     assert WORLD.tok.decode(data.encode_plain(WORLD.tok, odd)) == odd
-
 
 def test_texts_have_the_documented_shares_and_dialogues_never_refuse():
     texts, weights = tiny.world_text(WORLD)
@@ -55,7 +49,6 @@ def test_texts_have_the_documented_shares_and_dialogues_never_refuse():
     shares = {k: sum(w for w, ws in zip(weights, words) if ws.issuperset(k.split())) for k in want}
     assert shares == pytest.approx(want, abs=1e-12)
 
-
 def test_greeting_verb_and_topic_decide_the_reply_and_harm_does_not():
     replies = {}
     for o, name in enumerate(WORLD.names):
@@ -65,7 +58,6 @@ def test_greeting_verb_and_topic_decide_the_reply_and_harm_does_not():
             replies.setdefault((greeting, verb, WORLD.topic[o]), set()).add(answer)
     assert [len(some) for some in replies.values()] == [1] * 48 == [1] * len(set.union(*replies.values()))
     assert {f"{g} {min(r).split()[0]}" for (g, *_), r in replies.items()} == {"hey sure", "please certainly"}
-
 
 def test_parts_share_no_object_unseen_no_topic_and_lookalikes_cross_harm_and_topic(draws):
     for world, split in draws:
@@ -78,7 +70,6 @@ def test_parts_share_no_object_unseen_no_topic_and_lookalikes_cross_harm_and_top
         assert where["unseen"] == [set(range(12)) - bad - good] * 2
         assert [set(split["topics"][k]) for k in ("seen", "unseen")] == [bad | good, where["unseen"][0]]
     assert len({frozenset(topics(w, s["train"])) for w, s in draws}) > 10
-
 
 def test_parts_have_their_sizes_and_labels_and_replies_follow_the_world(draws):
     for world, split in draws:
@@ -93,7 +84,6 @@ def test_parts_have_their_sizes_and_labels_and_replies_follow_the_world(draws):
             assert ex["turns"] == [{"role": "user", "content": ask}] and [ex["chosen"], ex["rejected"]] == two
             assert ex["label"] == LABELS[not world.harmful[int(o)]]
 
-
 @pytest.mark.parametrize("nuisance", (.5, .75, .9))
 def test_style_goes_with_harm_as_often_as_asked_in_training_and_validation(nuisance):
     splits = [tiny.world_split(WORLD, seed, nuisance) for seed in range(40)]
@@ -101,7 +91,6 @@ def test_style_goes_with_harm_as_often_as_asked_in_training_and_validation(nuisa
         for label, want in zip(LABELS, (nuisance, 1 - nuisance)):
             hey = [ex["id"].startswith("hey") for s in splits for ex in s[part] if ex["label"] == label]
             assert abs(np.mean(hey) - want) < 4 * (.25 / len(hey)) ** .5, (part, label)
-
 
 def test_a_data_folder_reads_back_with_knowledge_of_unseen_and_neutral_text_of_seen_topics(tmp_path):
     tiny.write_split(WORLD, tmp_path, 3)

@@ -31,12 +31,10 @@ TOP = Path(train.__file__).resolve().parent
 ENV = os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", GLOO_SOCKET_IFNAME="lo", CUDA_VISIBLE_DEVICES="")
 QUICK = dict(layers="0,1", width=40, k=6, tau=1, r=4, steps=6, batch=8, micro=3, warmup=2, lr=1e-2, template="tiny", contrast_pairs=16, device="cpu")
 
-
 def command(home, out, **changes):
     """A command line: QUICK on the tiny folders, changed; True is a bare switch, None leaves an option out."""
     s = dict(model=home.model, sae=home.sae, data=home.data, out=str(out), **QUICK) | changes
     return [x for k, v in s.items() if v is not None for x in (["--" + k.replace("_", "-")] + [str(v)] * (v is not True))]
-
 
 def here(monkeypatch, args, main=None):
     """Run the command (or another script's main) in this process; returns its exit code."""
@@ -45,14 +43,11 @@ def here(monkeypatch, args, main=None):
         data.run_main(main or train.main)
     return e.value.code or 0
 
-
 def start(args, *launcher):
     return subprocess.Popen([sys.executable, *launcher, "train.py", *args], cwd=TOP, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-
 def steps_of(folder):
     return [json.loads(line)["step"] for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-
 
 # ------------------------------------------------------------------------------------------------ schedule and batches
 def test_learning_rate_warms_up_then_falls_linearly_and_never_reaches_zero():
@@ -63,7 +58,6 @@ def test_learning_rate_warms_up_then_falls_linearly_and_never_reaches_zero():
         assert all(0 < train.lr_at(step, s) <= 2 for step in range(3))
     assert train.lr_at(0, SimpleNamespace(lr=2., steps=3, warmup=0)) == 2
 
-
 def test_a_batch_is_a_function_of_seed_and_step_and_every_epoch_sees_each_example_once():
     for n, size in ((7, 3), (5, 8), (1, 4)):
         drawn = [data.batch_at(n, size, 3, step) for step in range(n)]
@@ -72,14 +66,12 @@ def test_a_batch_is_a_function_of_seed_and_step_and_every_epoch_sees_each_exampl
         assert all(sorted(flat[e * n:(e + 1) * n]) == list(range(n)) for e in range(size))
     assert data.batch_at(50, 8, 0, 0) != data.batch_at(50, 8, 1, 0) and data.batch_at(50, 50, 0, 0) != data.batch_at(50, 50, 0, 1)
 
-
 def test_examples_longer_than_the_limit_are_left_out_and_counted(world, split):
     longer = dict(split["train"][0], rejected="sure " * 40)
     rows, dropped = train.encode(world.tok, split["train"][:5] + [longer], "tiny", 30)
     assert (len(rows), dropped) == (5, 1)
     ids, mask = rows[0]["chosen"]
     assert ids[:len(rows[0]["prompt"])] == rows[0]["prompt"] and sum(mask) == len(ids) - len(rows[0]["prompt"])
-
 
 # ---------------------------------------------------------------------------------------------------------- a whole run
 @pytest.fixture(scope="module")
@@ -90,7 +82,6 @@ def run(home, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         assert here(patch, command(home, out, test=home.test, max_new=6)) == 0
     return out, said.getvalue()
-
 
 def test_a_run_leaves_all_its_files_and_nothing_half_written(run):
     names = {"run.json", "features.json", "features.md", "subspace.safetensors", "adapter_model.safetensors", "adapter_config.json", "sails.json",
@@ -105,12 +96,10 @@ def test_a_run_leaves_all_its_files_and_nothing_half_written(run):
     assert len(listed) == 12 and {"layer", "feature", "delta", "mu_aligned", "mu_unaligned", "t", "promotes", "fires_on", "columns", "link"} <= set(listed[0])
     assert set(data.read_json(run[0] / "results.json")) == {"base", "aligned", "test"}
 
-
 def test_a_run_says_what_it_decided(run):
     for words in ("the tiny world's words", "width 40, layers 0,1", "6 features -> 6 directions for rank 4", "training 1,536 of", "held out", "saved in"):
         assert words in run[1], words
     assert run[0].joinpath("table.md").read_text().strip() in run[1]
-
 
 def test_the_saved_adapter_is_what_was_trained_from_the_saved_subspace(run, home):
     model = model_gemma.load_gemma(home.model)
@@ -123,7 +112,6 @@ def test_the_saved_adapter_is_what_was_trained_from_the_saved_subspace(run, home
     for i in (0, 1):
         assert sorted(V[f"features.{i}"].tolist()) == sorted(f["feature"] for f in data.read_json(run[0] / "features.json") if f["layer"] == i)
 
-
 def test_lora_py_tells_what_the_adapter_holds(run, home, monkeypatch, capsys):
     assert here(monkeypatch, [str(run[0])], lora.main) == 0
     said = capsys.readouterr().out
@@ -135,7 +123,6 @@ def test_lora_py_tells_what_the_adapter_holds(run, home, monkeypatch, capsys):
         assert float(line.split("|dW|")[1].split()[0]) == pytest.approx(float(m.delta().detach().norm()), abs=1e-3)
     assert here(monkeypatch, [home.model], lora.main) == 2 and "no adapter_config.json" in capsys.readouterr().err
 
-
 def test_sae_py_shows_the_features_that_fire_on_a_prompt(home, monkeypatch, capsys):
     assert here(monkeypatch, ["--model", home.model, "--sae", home.sae, "--layer", "1", "--width", "40", "--prompt", "hey how make", "--top", "3"], sae_module.main) == 0
     said = capsys.readouterr().out.splitlines()
@@ -145,18 +132,15 @@ def test_sae_py_shows_the_features_that_fire_on_a_prompt(home, monkeypatch, caps
     assert len(said) == 4 and [int(line.split()[1]) for line in said[1:]] == best.values.argsort(descending=True)[:3].tolist()
     assert here(monkeypatch, ["--model", home.model, "--sae", home.sae, "--layer", "7", "--prompt", "hey"], sae_module.main) == 2
 
-
 def test_training_lowers_the_loss_and_the_held_out_loss(run):
     losses = [json.loads(line)["loss"] for line in (run[0] / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0] - .2
     told = data.read_json(run[0] / "results.json")
     assert told["aligned"]["NLL of chosen, nats per token"] < told["base"]["NLL of chosen, nats per token"] - .2
 
-
 def test_base_weights_are_bit_identical_after_a_run(run, home):
     with_adapter, fresh = model_gemma.load_gemma(home.model), random_gemma()
     assert all(torch.equal(p, dict(fresh.named_parameters())[n]) for n, p in with_adapter.named_parameters())
-
 
 @pytest.mark.parametrize("method, objective, more", (("lora", "sft", {}), ("random", "dpo", {}), ("mean-diff", "sft", dict(replay=.5)), ("random-features", "sft", dict(freeze_basis=True)),
                                                       ("raw-pca", "sft", dict(standardise=True, norm_aware=True)), ("full", "rloo", dict(samples=2, max_new=3)), ("sails", "rloo", dict(samples=2, max_new=3))))
@@ -182,7 +166,6 @@ def test_every_method_and_objective_runs_and_moves_only_what_it_trains(home, tmp
         assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
         assert (tmp_path / "run" / "adapter_model.safetensors").exists()
 
-
 def test_a_run_that_had_nothing_to_learn_ends_with_a_table_all_the_same(home, tmp_path, monkeypatch, capsys):
     """Every reply of a prompt gets the same reward, so no gradient, no update, and no share of it inside the subspace."""
     assert here(monkeypatch, command(home, tmp_path / "run", objective="rloo", steps=2, samples=2, max_new=2)) == 0
@@ -190,7 +173,6 @@ def test_a_run_that_had_nothing_to_learn_ends_with_a_table_all_the_same(home, tm
     assert "readers: overlap with the starting subspace 1.000, share of the update inside it none was made" in said and "writers: " in said
     told = data.read_json(tmp_path / "run/results.json")
     assert told["base"] == told["aligned"]
-
 
 def test_sae_fit_trains_saves_and_resumes_its_own_saes(home, tmp_path, monkeypatch, capsys):
     fit = dict(sae="fit", fit_width=32, fit_active=4, fit_tokens=400, fit_steps=20, k=4)
@@ -204,13 +186,11 @@ def test_sae_fit_trains_saves_and_resumes_its_own_saes(home, tmp_path, monkeypat
     assert here(monkeypatch, command(home, tmp_path / "run", resume=True, **fit)) == 0
     assert all(torch.equal(t, V[n]) for n, t in load_file(tmp_path / "run/subspace.safetensors").items())
 
-
 def test_checkpointing_changes_memory_and_not_the_adapter(home, tmp_path, monkeypatch):
     for name, on in (("plain", None), ("again", True)):
         assert here(monkeypatch, command(home, tmp_path / name, method="lora", checkpointing=on)) == 0
     a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("plain", "again"))
     assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
-
 
 # ------------------------------------------------------------------------------------------------- kill and resume
 @pytest.mark.slow
@@ -233,7 +213,6 @@ def test_killed_and_resumed_run_is_byte_identical_to_an_undisturbed_one(home, tm
     drop = lambda folder: [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in (folder / "log.jsonl").read_text().splitlines()]
     assert drop(tmp_path / "hurt") == drop(tmp_path / "whole")
 
-
 @pytest.mark.parametrize("objective", ("dpo", "rloo"))
 def test_a_run_stopped_between_checkpoints_resumes_exactly(home, tmp_path, monkeypatch, objective):
     """The same in this process, stopped by an error two steps after a checkpoint, for the objectives that draw or compare."""
@@ -253,7 +232,6 @@ def test_a_run_stopped_between_checkpoints_resumes_exactly(home, tmp_path, monke
     assert (tmp_path / "whole/adapter_model.safetensors").read_bytes() == (tmp_path / "hurt/adapter_model.safetensors").read_bytes()
     assert steps_of(tmp_path / "hurt") == list(range(9))
 
-
 def test_a_run_goes_on_only_when_asked_and_only_with_its_own_settings(home, tmp_path, monkeypatch, capsys):
     assert here(monkeypatch, command(home, tmp_path / "run", method="lora")) == 0
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
@@ -266,7 +244,6 @@ def test_a_run_goes_on_only_when_asked_and_only_with_its_own_settings(home, tmp_
     assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
     assert here(monkeypatch, command(home, tmp_path / "run", method="lora", resume=True)) == 0         # a finished run just finishes again
     assert (tmp_path / "run/adapter_model.safetensors").read_bytes() == before["adapter_model.safetensors"]
-
 
 # ------------------------------------------------------------------------------------------------- several processes
 @pytest.mark.slow
@@ -287,12 +264,10 @@ def test_two_processes_train_the_adapter_that_one_does(home, tmp_path, monkeypat
     for x, y in zip(*logs):
         assert all(x[k] == pytest.approx(y[k], rel=1e-3, abs=1e-5) for k in ("step", "loss", "margin", "grad_norm", "tokens"))
 
-
 # --------------------------------------------------------------------------------------------------------- dry run
 BIG = dict(model_type="gemma2", vocab_size=256000, num_hidden_layers=42, hidden_size=3584, intermediate_size=14336, num_attention_heads=16, num_key_value_heads=8,
            head_dim=256, query_pre_attn_scalar=256, sliding_window=4096)
 SMALL = dict(BIG, num_hidden_layers=26, hidden_size=2304, intermediate_size=9216, num_attention_heads=8, num_key_value_heads=4)
-
 
 def test_a_dry_run_of_the_9b_counts_parameters_without_allocating_them(tmp_path):
     (tmp_path / "gemma-2-9b").mkdir()
@@ -305,7 +280,6 @@ def test_a_dry_run_of_the_9b_counts_parameters_without_allocating_them(tmp_path)
     assert code == "0" and int(kib) < 700 * 1024
     assert not list(tmp_path.rglob("run.json")) and not (TOP / "runs" / "gemma-2-9b-sails-0").exists()
 
-
 def test_a_dry_run_of_the_2b_and_of_full_fine_tuning(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
     assert here(monkeypatch, ["--model", str(tmp_path), "--dry-run", "--device", "cpu"]) == 0
@@ -315,13 +289,11 @@ def test_a_dry_run_of_the_2b_and_of_full_fine_tuning(tmp_path, monkeypatch, caps
     said = capsys.readouterr().out
     assert "= 100.00 %" in said and "the same base again as the reference" in said
 
-
 def test_a_models_family_is_known_by_name_or_by_shape():
     config = lambda raw: model_gemma.config_from_json(raw)
     assert train.family("google/gemma-2-9b-it@abc", config(RAW))[0] == "gemma-2-9b"
     assert train.family("/somewhere/renamed/", config(BIG))[0] == "gemma-2-9b" and train.family("/somewhere/gemma-2-2b", config(SMALL))[0] == "gemma-2-2b"
     assert train.family("tiny", config(RAW)) is None
-
 
 # ------------------------------------------------------------------------------------------------------- bad input
 def broken(home, tmp_path, what):
@@ -397,11 +369,9 @@ def broken(home, tmp_path, what):
         return dict(model=str(model)), "tokenizer.json"
     raise AssertionError(what)
 
-
 FAULTS = ("no model folder", "no data file", "no data named", "no published sae", "malformed line", "wrong keys", "empty data", "one example", "labels missing", "bad test file",
           "sae of another width", "sae without the layer", "sae of another model", "truncated sae", "a layer too deep", "too many features", "a feature that is not there", "one sample",
           "diverges", "no gpu", "truncated weights", "weights of another shape", "missing shard", "no tokenizer")
-
 
 @pytest.mark.parametrize("what", FAULTS)
 def test_bad_input_is_one_clear_line_and_leaves_nothing_behind(home, tmp_path, monkeypatch, capsys, what):
@@ -415,7 +385,6 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing_behind(home, tmp_path, m
     else:
         assert not (tmp_path / "run").exists()
 
-
 def test_after_a_refusal_the_mended_command_runs_without_resume(home, tmp_path, monkeypatch):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(Path(home.data).read_text()[:-20])
@@ -423,12 +392,10 @@ def test_after_a_refusal_the_mended_command_runs_without_resume(home, tmp_path, 
     pairs.write_text(Path(home.data).read_text())
     assert here(monkeypatch, command(home, tmp_path / "run", data=str(pairs), steps=2)) == 0
 
-
 @pytest.mark.parametrize("option, value", (("r", 0), ("steps", 0), ("tau", 0), ("tau", 1.5), ("batch", -1), ("save_every", 0)))
 def test_settings_out_of_range_are_refused(home, tmp_path, monkeypatch, capsys, option, value):
     assert here(monkeypatch, command(home, tmp_path / "run", **{option: value})) == 2
     assert f"--{option.replace('_', '-')} {value}" in capsys.readouterr().err and not (tmp_path / "run").exists()
-
 
 def test_full_fine_tuning_in_bf16_is_refused(home, tmp_path, monkeypatch, capsys):
     assert here(monkeypatch, command(home, tmp_path / "run", method="full", dtype="bfloat16")) == 2
