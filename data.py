@@ -174,7 +174,7 @@ def t_interval(values):
 
 # ---- files from a local folder or the hub ----
 def listing(spec, kind="model"):
-    """The file names of a local folder, a file (of kind "dataset"), or a hub id owner/name[@revision]."""
+    """The file names of a folder, a data file, or a hub id owner/name[@revision]."""
     return (_local(spec, kind) or _resolve(*_hub_id(spec, kind), kind))[1]
 
 def fetch(spec, names, kind="model"):
@@ -237,7 +237,7 @@ def _resolve(repo, rev, kind):
 
 def _pick(names, files, where):
     """The files that names select; UserError for a missing one, or for none at all."""
-    picked, some = [], ", ".join(files[:6] + ["..."] * (len(files) > 6)) or "nothing"
+    picked, some = [], ", ".join(files[:6] + (["..."] if len(files) > 6 else [])) or "nothing"
     for name in names:
         hits = [f for f in files if fnmatch.fnmatchcase(f, name) and f.count("/") == name.count("/")]
         need(hits or set("*?[") & set(name), f"{where} has no file {name}; it holds {some}")
@@ -341,7 +341,7 @@ def _encode(tok, text, plain):
     return tok.encode(text, add_special_tokens=False).ids
 
 def as_turns(prompt):
-    """A prompt, a text or a list of turns, as turns: user, assistant, ..., user, each with a text."""
+    """A prompt (a text or a list of turns) as turns: user, assistant, ..., user, with texts."""
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     good = isinstance(turns, list) and all(isinstance(t, dict) for t in turns) and len(turns) % 2
     need(good, "a prompt must be a text or a list of turns, the first and the last from the user")
@@ -379,10 +379,10 @@ def read_pairs(path):
     for n, row in read_rows(path):
         with expecting(f"{path} line {n}", UserError):
             ex = _pair(row) | {"id": str(row.get("id", n))}
-        why = "prompts differ" if not ex["turns"] else "empty reply" * (
-            not all(text.strip() for text in (ex["chosen"], ex["rejected"]) if text is not None))
-        if why:
-            dropped[why] += 1
+        if not ex["turns"]:
+            dropped["prompts differ"] += 1
+        elif not all(text.strip() for text in (ex["chosen"], ex["rejected"]) if text is not None):
+            dropped["empty reply"] += 1
         else:
             examples.append(ex)
     need(examples, f"{path}: no usable example in it (left out: {dict(dropped)})")
@@ -483,7 +483,7 @@ def _prompt(row, n, file):
                 target=get["target"], expected=get["expected"])
 
 def read_texts(path):
-    """Plain texts: a folder's .txt files, a file's paragraphs, or the "text" of a JSONL file's rows."""
+    """Plain texts of a folder's .txt files, a file's paragraphs, or a JSONL file's key text."""
     path = Path(path)
     if path.is_dir():
         texts = [read_text(f) for f in sorted(path.glob("**/*.txt"))]
@@ -496,7 +496,7 @@ def read_texts(path):
     return texts
 
 def read_cloze(path, tok):
-    """Texts (ids, mask) of a JSONL file {"text", "next"}; the mask marks `next`, which must be known."""
+    """Texts (ids, mask) of a JSONL file {"text", "next"}; the mask marks `next`."""
     out = []
     for n, row in read_rows(path):
         good = all(isinstance(row.get(key), str) for key in ("text", "next"))

@@ -30,7 +30,7 @@ NORMS = dict.fromkeys("qkv", "input_layernorm") | dict(
     down="post_feedforward_layernorm")
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer with an adapter beside it, A (r, in) and B (out, r), fp32 for any dtype.
+    """A frozen linear layer and its adapter A (r, in), B (out, r), in fp32 for any dtype.
     kept: the layer's weight while the adapter is merged into it. start: the subspace V as set in."""
 
     def __init__(self, linear, place, layer, r, alpha):
@@ -62,7 +62,7 @@ def trainable(model):
 
 # ---- attach and start ----
 def attach(model, targets=("q", "k", "v", "o"), r=16, alpha=32, layers=None):
-    """Put a zero adapter beside each target projection of `layers` (default all); freeze the rest."""
+    """Put a zero adapter beside each target of `layers` (default all); freeze all else."""
     n = model.config.n_layers
     layers = range(n) if layers is None else layers
     known, inside = targets and set(targets) <= set(PLACES), all(0 <= i < n for i in layers)
@@ -151,7 +151,7 @@ def adapter_off(model):
 
 @torch.no_grad()
 def merge(model):
-    """Add each adapter to its weight, keeping a copy: subtracting again would change 5 % of bf16."""
+    """Add each adapter to its weight. A copy is kept: subtracting would change 5 % of bf16."""
     for _, m in adapters(model):
         if m.kept is None:
             m.kept = m.linear.weight.detach().clone()
@@ -167,7 +167,7 @@ def unmerge(model):
 
 @torch.no_grad()
 def drift(model, bases=None):
-    """How far adapters went from a subspace: dicts name, side, overlap, energy, in [0, 1] or None.
+    """How far each adapter is from a subspace: dicts name, side, overlap, energy.
     bases    {SAE layer: V (D, k)} to compare with (the nearest); None: the subspace each adapter started in
     overlap  ||P_V P_now||_F^2 / rank, P_now the span of the factor that faces the residual stream; 1: unmoved
     energy   share of ||dW||_F^2 that reads from, or writes to, span(V); chance is k / D; None while dW = 0"""
@@ -220,7 +220,7 @@ def read_adapter(folder):
     path = Path(folder) / "adapter_config.json"
     need(path.is_file(), f"{folder}: no adapter_config.json in it; give the folder of a finished run")
     c, extras = data.read_json(path), "rank_pattern alpha_pattern modules_to_save use_dora fan_in_fan_out"
-    special = [k for k in extras.split() if c.get(k)] + ["bias"] * (c.get("bias", "none") != "none")
+    special = [k for k in extras.split() if c.get(k)] + ([] if c.get("bias", "none") == "none" else ["bias"])
     plain = c.get("peft_type") == "LORA" and not special and {"r", "lora_alpha"} <= c.keys()
     need(plain, f"{folder}: not a plain LoRA adapter ({', '.join(special) or c.get('peft_type')})")
     model_gemma.tensor_shapes(path.parent / "adapter_model.safetensors")
@@ -253,7 +253,7 @@ def save_state(path, params, opt, step):
 
 @torch.no_grad()
 def load_state(path, params, opt):
-    """Put a checkpoint back into parameters and optimizer; the step to continue with, 0 without one."""
+    """Put a checkpoint into parameters and optimizer; the next step, 0 without a checkpoint."""
     if not path.exists():
         return 0
     with safe_open(path, "pt", device="cpu") as f:

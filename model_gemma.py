@@ -84,7 +84,7 @@ def softcap(x, cap):
     return x if cap is None else torch.tanh(x / cap) * cap
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * (1 + weight) in fp32, cast last: Llama casts before the gain, which moves logits."""
+    """x / rms(x) * (1 + weight) in fp32, cast last; Llama's cast before the gain moves logits."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -130,7 +130,7 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat([-b, a], -1) * sin
 
 def attend_mask(pos_q, pos_k, keep_k, window=None):
-    """May query i see key j? (B, 1, Tq, S) bool: j <= i, no padding, on local layers i - j < window.
+    """Whether query i sees key j, (B, 1, Tq, S) bool: j <= i, no padding, i - j < window.
         window 3:  q\\k 0 1 2 3 4          a query sees itself and the window - 1 tokens before it
                    2    x x x . .
                    3    . x x x .
@@ -140,7 +140,7 @@ def attend_mask(pos_q, pos_k, keep_k, window=None):
     return see if window is None else see & (back < window)
 
 class KVCache:
-    """Keys and values of all tokens so far, per layer (B, K, S, d); their positions and padding (B, S)."""
+    """Keys and values so far, (B, K, S, d) a layer; their positions and padding (B, S)."""
 
     def __init__(self):
         self.k, self.v, self.pos, self.keep = {}, {}, None, None
@@ -160,7 +160,7 @@ class KVCache:
         return k, v
 
 class Attention(nn.Module):
-    """Grouped-query attention with RoPE, soft-capped scores, in Gemma 3 a norm of queries and keys."""
+    """Grouped-query attention with RoPE and soft-capped scores; Gemma 3 norms queries and keys."""
 
     def __init__(self, c, layer):
         super().__init__()
@@ -294,11 +294,11 @@ class Gemma(nn.Module):
         return softcap(F.linear(h, self.embed_tokens.weight), self.config.final_cap).float()
 
     def nll(self, h, targets, chunk=256):
-        """-log p(target), nats: h (n, D), targets (n,) -> (n,) fp32; `chunk` rows of logits at a time."""
+        """-log p(target) (n,), nats, fp32, of h (n, D), with `chunk` rows of logits at a time."""
         return _ChunkedNLL.apply(h, self.embed_tokens.weight, targets, self.config.final_cap, chunk)
 
     def reply_nll(self, rows):
-        """-log p (n,), nats, of the masked tokens of texts (ids, mask), and the text each belongs to (n,).
+        """-log p (n,), nats, of the masked tokens of texts (ids, mask), and each one's text (n,).
         Position t - 1 predicts token t, so a reply's first token is scored at the prompt's last; logits are
         made for scored positions only."""
         ids, keep = (t.to(self.device) for t in data.pad([ids for ids, _ in rows]))
@@ -340,7 +340,7 @@ class _ChunkedNLL(torch.autograd.Function):
 
     @staticmethod
     def slope(z, logp, targets, cap):
-        """d nll / d (head output), in the memory of z and logp: (softmax - onehot) * (1 - (z / cap)^2)."""
+        """d nll / d head output = (softmax - onehot) (1 - (z / cap)^2), in z's and logp's memory."""
         p = logp.exp_()
         p[torch.arange(len(p), device=p.device), targets] -= 1
         return p if cap is None else p.addcmul_(p, z.square_(), value=-cap ** -2)
@@ -414,7 +414,7 @@ def save_tensors(path, tensors, **metadata):
         save_file(plain, beside, metadata={"format": "pt", **metadata})
 
 def save_gemma(model, folder):
-    """Write config.json and model.safetensors as the hub lays them out (the tokenizer is the caller's)."""
+    """Write config.json and model.safetensors in the hub's layout; no tokenizer."""
     folder, dtype = Path(folder), str(model.dtype).removeprefix("torch.")
     # both spellings of the dtype, for readers old and new: transformers would cast to the one that it finds
     data.write_json(folder / "config.json", {**model.config.raw, "dtype": dtype, "torch_dtype": dtype})
@@ -423,7 +423,7 @@ def save_gemma(model, folder):
 # ---- talking ----
 @torch.no_grad()
 def generate(model, prompts, max_new, stop=(data.EOS,), temperature=0.0, seeds=None):
-    """Continue prompts, lists of ids: lists of new ids, each with the stop token if it came to one.
+    """Continuations of prompts (lists of ids): lists of new ids, a stop token included.
     temperature 0 is greedy. Otherwise `seeds` holds a number per prompt from which its tokens are drawn,
     whatever the other rows of the batch and the global generator are."""
     ids, keep = (t.to(model.device) for t in data.pad(prompts, "left"))  # left: last tokens in one column
@@ -443,7 +443,7 @@ def generate(model, prompts, max_new, stop=(data.EOS,), temperature=0.0, seeds=N
     return out
 
 def _draw(logits, rngs):
-    """A token per row (B, 1) from logits (B, V): where its uniform number falls in the summed softmax."""
+    """A token per row (B, 1) of logits (B, V), drawn by inverting the cumulated softmax."""
     total = F.softmax(logits.double(), -1).cumsum(-1)  # (B, V)
     u = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in rngs]).to(total.device)
     return torch.searchsorted(total, u[:, None] * total[:, -1:], right=True).clamp(max=logits.shape[1] - 1)

@@ -29,7 +29,7 @@ FAMILIES = {
 }
 
 class JumpReLUSAE(torch.nn.Module):
-    """Five tensors in Gemma Scope's form: W_enc (D, N), W_dec (N, D), b_enc (N), b_dec (D), threshold (N)."""
+    """An SAE as W_enc (D, N), W_dec (N, D), b_enc (N), b_dec (D), threshold (N), all fp32."""
 
     def __init__(self, W_enc, W_dec, b_enc, b_dec, threshold, name=""):
         super().__init__()
@@ -38,7 +38,7 @@ class JumpReLUSAE(torch.nn.Module):
         self.name = name  # the file it was read from
 
     def encode(self, x):
-        """Residuals x (..., D) -> feature activations (..., N), fp32; 0 where a feature does not fire."""
+        """Residuals x (..., D) -> activations a (..., N), fp32; 0 where a feature does not fire."""
         pre = x.float() @ self.W_enc + self.b_enc
         return torch.where(pre > self.threshold, pre.relu(), 0.0)
 
@@ -115,14 +115,14 @@ def check_fit(sae, model, layer):
     need(0 <= layer < n, f"no layer {layer}: the model has layers 0..{n - 1}")
 
 def save_sae(sae, folder, layer, l0):
-    """Write an SAE where load_sae finds it, layer_L/width_W/average_l0_n/params.npz; returns that name."""
+    """Write layer_L/width_W/average_l0_n/params.npz, where load_sae finds it; the name."""
     name = f"layer_{layer}/width_{len(sae.W_dec)}/average_l0_{round(l0)}/params.npz"
     with data.replacing(f"{folder}/{name}") as beside, open(beside, "wb") as f:
         np.savez(f, **{k: getattr(sae, k).cpu().numpy() for k in SHAPES})
     return name
 
 def neuronpedia_url(model_spec, layer, width, feature):
-    """Where a Gemma Scope feature's examples are shown, or None for SAEs that page does not have."""
+    """The address of a Gemma Scope feature's examples, None where nobody shows them."""
     name = data.model_name(model_spec)
     known = name in ("gemma-2-2b", "gemma-2-9b", "gemma-2-9b-it")
     return f"https://www.neuronpedia.org/{name}/{layer}-gemmascope-res-{width}/{feature}" if known else None
@@ -130,7 +130,7 @@ def neuronpedia_url(model_spec, layer, width, feature):
 # ---- training ----
 @torch.no_grad()
 def collect_residuals(model, rows, layers, n_tokens, batch=16):
-    """Residuals after `layers` on texts, lists of ids: {layer: (n, D) fp32 on the CPU}, n <= n_tokens.
+    """Residuals after `layers` on texts (lists of ids): {layer: (n <= n_tokens, D) fp32, CPU}.
     BOS is left out, as in Gemma Scope's training: its activations are a hundred times larger and thousands of
     features fire there. Filled in place: a final torch.cat would hold everything twice."""
     n = min(n_tokens, sum(len(r) - 1 for r in rows))
@@ -179,7 +179,7 @@ def train_sae(activations, width, active, steps=800, batch=1024, lr=1e-3, seed=0
     return fold({k: t.detach() for k, t in p.items()}, cut, mean, std)
 
 def fold(p, cut, mean, std):
-    """Take the standardisation (x - mean) / std into the weights, exactly; decoder rows get norm 1."""
+    """An SAE that reads raw x, from weights that read (x - mean) / std; exact, rows of norm 1."""
     rows = p["W_dec"] * std  # (N, D)
     length = rows.norm(dim=1)  # a feature's unit of activation, in the residual's own units
     return JumpReLUSAE(W_enc=p["W_enc"] / std[:, None] * length, W_dec=rows / length[:, None],
@@ -189,7 +189,7 @@ def fold(p, cut, mean, std):
 # ---- looking at ----
 @torch.no_grad()
 def sae_quality(sae, x, chunk=4096):
-    """How an SAE fits residuals x (n, D): dict fve, fve_standardised, l0 (features a token), dead (share).
+    """An SAE's fit to residuals x (n, D): fve, fve_standardised, l0 (a token), dead (share).
     fve is the fraction of CENTRED variance explained: most of a Gemma's residual energy is its mean.
     Standardised per dimension is the harder number: few outlier dimensions rule the raw one."""
     mean, var = x.mean(0), x.var(0).clamp(min=1e-12)
@@ -210,16 +210,16 @@ def token_text(tok, i):
 
 @torch.no_grad()
 def promoted_tokens(model, tok, directions, n=8):
-    """The n tokens that each direction (k, D) raises most through the final norm's gain and the tied head."""
+    """The n tokens that each direction (k, D) raises most through final gain and tied head."""
     read = directions.float().to(model.device) * (1 + model.norm.weight.float())  # (k, D)
     scores = read.to(model.dtype) @ model.embed_tokens.weight.T  # (k, V)
     return [[token_text(tok, i) for i in row] for row in scores.topk(n).indices.tolist()]
 
 @torch.no_grad()
 def firing_tokens(model, tok, saes, chosen, rows, batch=8, n=6):
-    """{layer: per feature of chosen {layer: (k,)} the n tokens with the largest shares of its activation}.
-    A token is (text, share); rows are texts, lists of ids. Never contexts: tokens can be shown where texts
-    cannot."""
+    """{layer: for each chosen feature the n tokens with the largest shares of its activation}.
+    A token is (text, share); chosen is {layer: (k,)}, rows are texts, lists of ids. Never contexts: tokens
+    can be shown where texts cannot."""
     mass = {i: torch.zeros(model.config.vocab_size, len(f)) for i, f in chosen.items()}
     for at in range(0, len(rows), batch):
         ids, keep = (t.to(model.device) for t in data.pad(rows[at:at + batch]))
@@ -233,6 +233,14 @@ def firing_tokens(model, tok, saes, chosen, rows, batch=8, n=6):
         out[i] = [[(token_text(tok, t), s) for t, s in zip(ts, ss) if s > 0]
                   for ts, ss in zip(tokens.T.tolist(), best.T.tolist())]
     return out
+
+def feature_lines(listed, n=8):
+    """A line each for the n features of features.json with the largest differences."""
+    plain = lambda words: " ".join(repr(w)[1:-1].replace(" ", "_") for w in words)
+    for f in sorted(listed, key=lambda f: -abs(f["delta"]))[:n]:
+        line = f"layer {f['layer']:2d} feature {f['feature']:5d}  Delta {f['delta']:+8.3f}  t {f['t']:+6.1f}"
+        fires, promotes = plain(w for w, _ in f["fires_on"][:4]), plain(f["promotes"][:4])
+        yield f"{line}  fires on {fires}   promotes {promotes}  {f['link'] or ''}".rstrip()
 
 def main():
     ap = data.Arguments(description="Show which SAE features fire on a prompt.")

@@ -54,8 +54,8 @@ def contrast_pairs(rows, contrast="replies", last=3):
 
 @torch.no_grad()
 def contrast_means(model, saes, pairs, batch=8):
-    """Stream both sets through model and SAEs, keeping sums; BOS is never counted, a text counts once.
-    saes {layer: JumpReLUSAE, or None for residuals alone}. Returns {layer: dict} of float64 tensors:
+    """Means of activations and residuals over both sets, streamed: {layer: dict}.
+    A text counts once, BOS never. saes {layer: JumpReLUSAE, or None for residuals alone}. Float64 tensors:
       mu_aligned, mu_unaligned (N,)  E_aligned[a], E_unaligned[a]; t (N,) Delta over its standard error
       h_aligned, h_unaligned (D,)    mean residual, var (D,) its variance
       second (D, D)                  mean of d d^T, d a pair's difference of residuals"""
@@ -167,7 +167,7 @@ def subspaces(method, stats, saes, k=32, tau=0.8, rule="absolute", center=False,
     return {i: V.float() for i, V in out.items()}, chosen
 
 def _choose(method, s, k, rule, drop, rng, layer):
-    """Features (k,) of one layer: the best, or random ones, among those that fire and are not dropped."""
+    """Features (k,) of one layer, best or random, among those that fire and are not dropped."""
     fires = s["mu_aligned"] + s["mu_unaligned"] > 0  # (N,)
     need(all(0 <= f < len(fires) for f in drop), f"--drop: layer {layer} has features 0..{len(fires) - 1}")
     fires[list(drop)] = False
@@ -206,7 +206,7 @@ def _spans(*bases):
 
 # ---- the theorem: claims ----
 def sae_bound(eps, r, sigma):
-    """Claim 1. If the r chosen rows d^_i have |d^_i - d_i| <= eps, then e <= sqrt(2 r) eps / sigma.
+    """Claim 1: r chosen rows d^_i with |d^_i - d_i| <= eps have e <= sqrt(2 r) eps / sigma.
     Proof (a sin-theta theorem, as Wedin's). D^ = [d^_i] lies in its own span, so (I - P^) D_S =
     (I - P^)(D_S - D^), whose norm is at most |D_S - D^| <= sqrt(r) eps. Write D_S = Q R, Q an orthonormal
     basis of the target; R's smallest singular value is sigma, so |(I - P^) Q| <= sqrt(r) eps / sigma. With
@@ -218,7 +218,7 @@ def sae_bound(eps, r, sigma):
     return (2 * r) ** .5 * eps / sigma
 
 def selection_probability(n, gamma, B, m):
-    """Claim 2. Top r by |Delta| over n samples a set is S with P >= 1 - 2 m exp(-n gamma^2 / 4 B^2).
+    """Claim 2: top r by |Delta| of n samples is S with P >= 1 - 2 m exp(-n gamma^2 / 4 B^2).
     Assumes activations in [0, B], |Delta_i| at least gamma larger on S than off S (monosemanticity: 0 off S),
     independent samples. Proof. An estimated Delta_i is a sum of 2 n independent terms of range B / n; by
     Hoeffding it is off by gamma / 2 or more with probability <= 2 exp(-2 (gamma/2)^2 / (2 n (B/n)^2)) =
@@ -229,13 +229,13 @@ def selection_probability(n, gamma, B, m):
     return max(0., 1 - 2 * m * math.exp(-n * gamma ** 2 / (4 * B ** 2)))
 
 def direct_floor(r):
-    """Claim 3. One vector u, as the mean difference of hidden states is: e >= sqrt(r - 1), always.
+    """Claim 3: one vector u, as the mean difference of hidden states is, has e >= sqrt(r - 1).
     Proof. For unit u, e^2 = r + 1 - 2 |P_S u|^2 >= r - 1, equal iff u lies in the target; any sample size,
     any dimension. The exact mean difference is D_S Delta_S, inside the target: it ATTAINS the floor."""
     return truncation_floor(r, 1)
 
 def truncation_floor(r, r_s):
-    """Claim 4. r_s directions have e >= sqrt(|r - r_s|), equal iff one span holds the other.
+    """Claim 4: r_s directions have e >= sqrt(|r - r_s|), equal iff one span holds the other.
     Proof. e^2 = r + r_s - 2 |P_U V|^2, and |P_U V|^2 <= min(r, r_s) as U and V have orthonormal columns."""
     _positive(r=r, r_s=r_s)
     return abs(r - r_s) ** .5
@@ -274,7 +274,7 @@ def superposition(seed, d=64, m=128, r=6, coherence=0., nuisances=3, strength=0.
     return w
 
 def stream(*key):
-    """A generator seeded by a tuple: with one plain seed, errors would repeat the rows they perturb."""
+    """A generator seeded by a tuple. One plain seed would make errors repeat what they perturb."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 def superposition_pairs(world, n, seed, shared=0., noise=0.):
@@ -290,7 +290,7 @@ def superposition_pairs(world, n, seed, shared=0., noise=0.):
     return a, h + noise * torch.randn(h.shape, generator=gen, dtype=torch.float64)
 
 def difference_moment(world, shared=0., noise=0.):
-    """E[d d^T] (D, D) of pairs' differences d of h: what PCA converges to; what pairs share drops out."""
+    """E[d d^T] (D, D), d a pair's difference of h: the matrix that PCA of pairs converges to."""
     var, u = world.var.sum(0) * (1 - shared * (world.p[0] == world.p[1])), world.delta @ world.W  # (m,), (D,)
     noises = 2 * noise ** 2 * torch.eye(len(u), dtype=torch.float64)
     return (world.W.T * var) @ world.W + torch.outer(u, u) + noises
@@ -312,7 +312,7 @@ PCA, LIMIT, PERFECT = "PCA of differences", "  its limit, ever more pairs", "  i
 TRUE, TRAINED, NUISANCE = "true rows, top r", "SAE trained on them", "nuisance |Delta| / least on S"
 
 def measure_eps(seed, cells, checks):
-    """Claim 1 on rows planted at distance eps, in random directions and all one way; claim 4 on true rows."""
+    """Check claim 1 on rows planted eps off, at random and all one way; claim 4 on true rows."""
     world, gen = superposition(seed), stream(seed, 5)
     rows = world.W[world.safety]
     plants = {"errors in random directions": random_rows, "errors all one way out": one_way_rows}
@@ -331,13 +331,13 @@ def random_rows(rows, eps, gen):
     return rows + eps * F.normalize(torch.randn(rows.shape, generator=gen, dtype=torch.float64), dim=1)
 
 def one_way_rows(rows, eps, gen):
-    """Rows (r, D), all moved eps along one line out of their span, signed like their weakest combination."""
+    """Rows (r, D) moved eps along one line out of their span: the worst case of claim 1."""
     U, _, Vt = torch.linalg.svd(rows, full_matrices=False)
     w = torch.randn(rows.shape[1], generator=gen, dtype=torch.float64)
     return rows + eps * U[:, -1:].sign() * F.normalize(w - Vt.T @ (Vt @ w), dim=0)
 
 def measure_entanglement(seed, cells, checks):
-    """Every estimator on the same pairs, told r, over the strength of an entangled concept."""
+    """Measure every estimator, given r, on the same pairs, over the strength of an entangled concept."""
     for strength in STRENGTHS:
         world = superposition(seed, strength=strength)
         (a, h), target = superposition_pairs(world, PAIRS, seed), world.W[world.safety].T  # target (D, r)
@@ -360,9 +360,9 @@ def sae_estimate(codes, W_dec, r):
     return basis(W_dec, features), features
 
 def trained_estimate(world, h, seed, steps=400):
-    """SAILS with an SAE trained on h itself: basis (D, r), eps of its chosen rows, eps of its best rows.
+    """SAILS with an SAE trained on h: basis (D, r), eps of its chosen rows, of its best rows.
     eps is how far the worst d_i of S is from the nearest row; where the two differ selection failed, not the
-    SAE, which is told how many features there are and about how many fire at a time."""
+    SAE, which is given how many features there are and about how many fire at a time."""
     sae = train_sae(h.flatten(0, 1).float(), len(world.W), 6, steps, batch=128, lr=1e-2, seed=seed)
     W_dec, target = sae.W_dec.double(), world.W[world.safety]
     V, features = sae_estimate(sae.encode(h).double(), W_dec, len(target))
@@ -384,7 +384,7 @@ def _sigma(A):
     return float(torch.linalg.svdvals(A)[-1])
 
 def print_table(cells, table):
-    """Print one table in the order it was measured: mean and ± half width, or what all seeds agree on."""
+    """Print one table: mean and half-width of the 95 % interval over seeds."""
     rows, cols = (list(dict.fromkeys(key[i] for key in cells if key[0] == table)) for i in (1, 2))
     print(f"\n{TITLES[table]}\n{table:32s}" + "".join(f"{c:>8g}       " for c in cols).rstrip())
     for row in rows:
@@ -404,7 +404,7 @@ def plain_words(cells):
     print("  assumption fails, and selection with it, for an SAE as for the true dictionary.")
 
 def verdicts(checks):
-    """Print holds / VIOLATED per bound with its worst ratio; do all hold, rounding of 1e-9 forgiven?"""
+    """Print a verdict per bound with its worst ratio; True if all hold, up to rounding of 1e-9."""
     print(f"\n{'verdict':59s}{'measured':>10s}{'bound':>10s}{'ratio':>8s}  worst of")
     good = True
     for key, name in BOUNDS.items():

@@ -10,6 +10,7 @@ Letters: B batch, n tokens or rows, D d_model; a subspace's basis V is (D, r_s),
 import contextlib
 import copy
 import importlib.metadata
+import math
 import os
 import shutil
 import subprocess
@@ -67,8 +68,7 @@ def parser():
     a("--tau", type=data.at_least(0, float, 1), default=.8, help="share of the rows' variance that PCA keeps")
     a("--score", choices=("absolute", "relative"), default="absolute", help="the paper's v2 or v1")
     a("--center", action="store_true", help="centre the decoder rows before PCA")
-    a("--contrast", choices=("replies", "prompts"), default="replies",
-      help="chosen against rejected, or harmful against benign")
+    a("--contrast", choices=("replies", "prompts"), default="replies", help="see sails.contrast_pairs")
     a("--last", type=count, default=3, help="prompt tokens that --contrast prompts averages")
     a("--contrast-data", help="a labelled file for --contrast prompts (--data)")
     a("--contrast-pairs", type=count, default=1000, help="pairs used to choose features")
@@ -144,7 +144,7 @@ def dpo_loss(model, reference, rows, batch, beta):
     return loss, {"margin": float(margin.detach().sum()) / len(batch)}
 
 def rloo_loss(model, reference, rows, batch, reward, s, seeds):
-    """REINFORCE with a leave-one-out baseline (arXiv 2402.14740), s.samples replies drawn a prompt.
+    """REINFORCE with a leave-one-out baseline (arXiv 2402.14740), s.samples draws a prompt.
     A reply's advantage is its reward less the mean of the prompt's other replies; -advantage * log p is
     minimised. The reward carries the pull to the reference: reward - beta * (log p - log p_ref)."""
     prompts = [r["prompt_ids"] for r in rows for _ in range(s.samples)]
@@ -166,14 +166,14 @@ def leave_one_out(reward):
     return (reward - reward.mean(1, keepdim=True)) * m / (m - 1)
 
 def judge_reward(tok, stop):
-    """The reward of rloo, by the evaluation's judge: 1 for refusing harmful, or not refusing benign."""
+    """The reward of rloo by eval's judge: 1 for refusing harmful, or not refusing benign."""
     def reward(row, ids):
         reply = tok.decode([t for t in ids if t not in stop])
         return float(evaluation.starts_with_refusal(reply) == (row["label"] == "harmful"))
     return reward
 
 def make_loss(s, model, reference=None, reward=None, neutral=()):
-    """s.objective as align calls it: loss(rows, batch, step), each row with its place `at` in the batch.
+    """The objective as align calls it, loss(rows, batch, step); rows hold their place `at`.
     reference lends the model as it was; reward(row, new ids) -> number; neutral: texts, lists of ids, for
     --replay: as many a step as rows."""
     def loss(rows, batch, step):
@@ -192,7 +192,7 @@ def make_loss(s, model, reference=None, reward=None, neutral=()):
     return loss
 
 def base_reference(model):
-    """A context that lends the model as it is now: adapters off, or for full fine-tuning a frozen copy."""
+    """A context that lends the model as it is now: adapters off, or for `full` a frozen copy."""
     if lora.adapters(model):
         return lambda: lora.adapter_off(model)
     frozen = copy.deepcopy(model).requires_grad_(False)
@@ -203,10 +203,10 @@ def lr_at(step, s):
     """Linear warm-up to s.lr, then linear decay that would reach 0 one step after the last."""
     return s.lr * min((step + 1) / max(1, s.warmup), (s.steps - step) / max(1, s.steps - s.warmup), 1.0)
 
-def align(model, rows, s, loss, folder=None, watch=None):
+def align(model, rows, s, loss, folder=None):
     """Train what requires a gradient for s.steps steps; `folder` gets log.jsonl and checkpoints.
     A step is a pure function of (weights, optimizer state, s, step), so a resumed run is the undisturbed one,
-    bit for bit. loss as make_loss builds it; watch(step) -> numbers to log, called before every step."""
+    bit for bit. loss as make_loss builds it."""
     params = lora.trainable(model)
     opt = torch.optim.AdamW([p for _, p in params], lr=s.lr, weight_decay=0.0)
     state = folder / "state.safetensors" if folder else None
@@ -217,12 +217,12 @@ def align(model, rows, s, loss, folder=None, watch=None):
     with data.progress(total=s.steps, initial=start, desc="align", disable=None if log else True) as bar:
         for step in range(start, s.steps):
             began = time.perf_counter()
-            row = dict(step=step, lr=lr_at(step, s), **(watch(step) if watch else {}))
+            row = dict(step=step, lr=lr_at(step, s))
             opt.param_groups[0]["lr"] = row["lr"]
             picked = data.batch_at(len(rows), s.batch, s.seed, step)
             row |= backward(model, [dict(rows[i], at=at) for at, i in enumerate(picked)], s, loss, step)
             row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_([p for _, p in params], s.clip))
-            finite = np.isfinite([row["loss"], row["grad_norm"]]).all()
+            finite = math.isfinite(row["loss"] + row["grad_norm"])
             need(finite, f"step {step}: the loss or its gradient is not finite; lower --lr (now {s.lr:g})")
             opt.step()
             opt.zero_grad(set_to_none=True)
@@ -268,7 +268,7 @@ def say(*lines):
 
 # ---- one run ----
 def run(s):
-    """One alignment, stage by stage; each leaves a file. Method `base` measures the model as it is."""
+    """One alignment, stage by stage; each leaves a file. Method `base` only measures."""
     with open_folder(s) as folder:
         if (folder / "results.json").exists():
             return
@@ -300,14 +300,14 @@ def run(s):
 _kept = {}
 
 def keep(name, key, make):
-    """make(), or what it returned last time if the key is the same: what runs of a comparison share."""
+    """make(), or its last value if the key is the same: what runs of a comparison share."""
     if _kept.get(name, (None,))[0] != key:
         _kept.pop(name, None)
         _kept[name] = key, make()
     return _kept[name][1]
 
 def choose_sources(s):
-    """Settle what depends on the model: its SAEs and their layers, the data, the chat form; its config."""
+    """The model's config; settles what depends on it: SAEs, their layers, data, chat form."""
     config = model_gemma.load_config(s.model)
     known, reads = sae_module.published(s.model, config), set(s.method) & set(sails.READS_SAE)
     need(s.sae or known or not reads, "no published SAE is known for this model: give --sae DIR or --sae fit")
@@ -320,8 +320,8 @@ def choose_sources(s):
     need(inside, f"--layers {shown}: the model has layers 0..{config.n_layers - 1}")
     tok = None if s.dry_run else data.load_tokenizer(s.model)
     s.template = s.template or data.default_template(s.model, tok)
-    say(f"{s.model}: template {s.template}, {s.dtype} on {s.device}; data: {s.data}"
-        + f"; SAEs: {s.sae}, width {s.width}, layers {shown}" * bool(reads))
+    saes = f"; SAEs: {s.sae}, width {s.width}, layers {shown}" if reads else ""
+    say(f"{s.model}: template {s.template}, {s.dtype} on {s.device}; data: {s.data}{saes}")
     return config
 
 def dry_run(s, config):
@@ -332,14 +332,14 @@ def dry_run(s, config):
         if s.method != ["full"]:
             lora.attach(model, s.targets, s.r, s.alpha)
     count = sum(p.numel() for _, p in lora.trainable(model))
-    reference = ", and again as the reference" * (s.method == ["full"] and s.objective != "sft")
+    reference = ", and again as the reference" if s.method == ["full"] and s.objective != "sft" else ""
     say(f"base {total:,} parameters, {total * size / 1e9:.1f} GB in {s.dtype}{reference}",
         f"trainable {count:,} = {count / total:.2%}, {count * 16 / 1e9:.2f} GB with gradients and moments",
         "activations come on top")
 
 @contextlib.contextmanager
 def open_folder(s):
-    """Lend the run's folder with run.json in it; a run that is there continues only with --resume.
+    """Lend the run's folder with run.json in it; an existing run continues only with --resume.
     One refused before its first checkpoint leaves no run.json: the next try is not asked to resume it."""
     path, folder = Path(s.out) / "run.json", Path(s.out)
     begun, left_out = path.exists(), ("resume", "dry_run", "out", "shared", "jobs", "device", "tiny")
@@ -375,7 +375,7 @@ def _git_commit():
     return done.stdout.strip() if done else None
 
 def load_sets(s):
-    """A namespace of all that runs read, texts encoded once; what --data lacks is split off by prompt."""
+    """All that runs read, encoded once; parts that --data lacks are split off by prompt."""
     tok, (folder, names) = data.load_tokenizer(s.model), data.data_files(s.data)
     files = {part: folder / name for part, name in names.items()}
     examples, dropped = data.read_pairs(files["train"])
@@ -389,14 +389,17 @@ def load_sets(s):
     counts = ", ".join(f"{len(some):,} to {part}" for part, some in rows.items())
     say(f"examples: {counts}; left out: {dropped or 'none'}, {long} longer than {s.max_tokens} tokens")
     need(all(rows.values()), f"{s.data}: too few usable examples ({counts})")
-    default = [LOOKALIKES] * s.device.startswith("cuda")
-    prompts = s.test or [files[part] for part in files if part == "prompts"] or default
-    asked = [dict(r, id=f"validation/{n}", set="validation", expected=r["chosen"])
-             for n, r in enumerate(rows["validate"])]
-    both = {p["label"] for p in asked} >= {"harmful", "benign"}  # else they can't choose a learning rate
+    default = [LOOKALIKES] if s.device.startswith("cuda") else []
+    files_asked = s.test or [files[part] for part in files if part == "prompts"] or default
+    prompts = data.read_prompts(files_asked) if files_asked else []
+    if not prompts:
+        say(f"no reply is judged (on a CPU replies take long); for a safety rate add --test {LOOKALIKES}")
+    if {r["label"] for r in rows["validate"]} >= {"harmful", "benign"}:  # they can choose a learning rate
+        prompts = [dict(r, id=f"validation/{n}", set="validation", expected=r["chosen"])
+                   for n, r in enumerate(rows["validate"])] + prompts
     texts = data.read_texts(s.text or files["text"]) if s.text or "text" in files else []
     return SimpleNamespace(
-        tok=tok, **rows, prompts=asked * both + (data.read_prompts(prompts) if prompts else []),
+        tok=tok, **rows, prompts=prompts,
         neutral=[[data.BOS] + data.encode_plain(tok, t)[:s.max_tokens] for t in texts],
         cloze=data.read_cloze(files["knowledge"], tok) if "knowledge" in files else [])
 
@@ -421,7 +424,7 @@ def start(s, model, sets, folder):
         lora.init_sails(model, bases, s.seed, s.freeze_basis, s.norm_aware, sides)
 
 def subspace(s, model, sets, folder):
-    """Stages 1 and 2, {SAE layer: V}; written to the run's folder, from which a resumed run reads them."""
+    """Stages 1 and 2: {SAE layer: V (D, r_s)}, kept in the run's folder for --resume."""
     path = folder / "subspace.safetensors"
     if path.exists():
         with safe_open(path, "pt") as f:
@@ -452,7 +455,7 @@ def subspace(s, model, sets, folder):
     return bases
 
 def fit_saes(s, model, sets):
-    """Train an SAE a layer on the model's own residuals over the dialogues and --text; their folder."""
+    """The folder of SAEs trained on the model's own residuals over the dialogues and --text."""
     home = Path(s.shared) / "sae"
     if not all(any(home.glob(f"layer_{i}/*/*/params.npz")) for i in s.layers):
         rows = [r[side][0] for r in sets.train for side in ("chosen_tokens", "rejected_tokens") if r[side]]
@@ -460,8 +463,7 @@ def fit_saes(s, model, sets):
         mixed = [x for pair in zip(shuffled(rows), shuffled(sets.neutral)) for x in pair]  # of both as many
         acts = sae_module.collect_residuals(model, mixed or shuffled(rows), s.layers, s.fit_tokens, s.micro)
         for i, x in acts.items():
-            batch = min(1024, len(x))
-            sae = sae_module.train_sae(x, s.fit_width, s.fit_active, s.fit_steps, batch, seed=s.seed)
+            sae = sae_module.train_sae(x, s.fit_width, s.fit_active, s.fit_steps, seed=s.seed)
             if lead():
                 sae_module.save_sae(sae, home, i, sae_module.sae_quality(sae, x)["l0"])
     together()
@@ -476,8 +478,9 @@ def load_saes(s, model, sets):
         sae_module.check_fit(sae, model, i)
         x = sae_module.collect_residuals(model, texts, [i], 1000)[i]
         q = sae_module.sae_quality(sae, x.to(s.device))
+        warning = "   warning: it explains next to nothing; whose is it?" if q["fve"] < .1 else ""
         say(f"layer {i}: {sae.name}, FVE {q['fve']:.2f} (standardised {q['fve_standardised']:.2f}), "
-            f"L0 {q['l0']:.0f}" + "   warning: it explains next to nothing; whose is it?" * (q["fve"] < .1))
+            f"L0 {q['l0']:.0f}{warning}")
     return saes
 
 def write_features(s, model, tok, folder, saes, stats, chosen, texts):
@@ -494,18 +497,10 @@ def write_features(s, model, tok, folder, saes, stats, chosen, texts):
     lines = [f"# Features chosen by {s.method}, score {s.score}", "",
              f"Delta: mean activation in {sets}. t: Delta over its standard error. Then the",
              "tokens with most of the activation, and those that the decoder row promotes.", "", "```",
-             *feature_lines(listed, len(listed)), "```"]
+             *sae_module.feature_lines(listed, len(listed)), "```"]
     data.write_json(folder / "features.json", listed)
     data.write_text(folder / "features.md", "\n".join(lines) + "\n")
-    say(*feature_lines(listed))
-
-def feature_lines(listed, n=8):
-    """A line each for the n features of features.json with the largest differences."""
-    plain = lambda words: " ".join(repr(w)[1:-1].replace(" ", "_") for w in words)
-    for f in sorted(listed, key=lambda f: -abs(f["delta"]))[:n]:
-        line = f"layer {f['layer']:2d} feature {f['feature']:5d}  Delta {f['delta']:+8.3f}  t {f['t']:+6.1f}"
-        fires, promotes = plain(w for w, _ in f["fires_on"][:4]), plain(f["promotes"][:4])
-        yield f"{line}  fires on {fires}   promotes {promotes}  {f['link'] or ''}".rstrip()
+    say(*sae_module.feature_lines(listed))
 
 def save(s, model, tok, folder):
     """Write what was trained; {side: how far it drifted from its start} of adapters."""
@@ -523,32 +518,36 @@ def save(s, model, tok, folder):
     return drift
 
 def measure(s, model, sets, folder):
-    """All that eval.py can say of the model: {measure: interval}, sets {set: measures}, validation."""
-    out, judged, path = evaluation.held_out(model, sets.test), {}, folder / "responses.jsonl"
+    """All measures of the model: {measure: interval}, sets {set: measures}, validation."""
+    score = lambda part: evaluation.held_out(
+        model, vars(sets)[part], path=folder / f"heldout-{part}.jsonl" if lead() else None)
+    out, judged, path = score("test"), {}, folder / "responses.jsonl"
     out |= evaluation.knowledge(model, sets.cloze) if sets.cloze else {}
     if sets.prompts and lead():  # 8 times as many at a time as where something trains
         rows = evaluation.respond(model, sets.tok, sets.prompts, path, s.template, s.max_new, 8 * s.micro)
         verdicts = evaluation.judge_all(rows, sets.prompts, ["refusal"], None, folder / "verdicts.jsonl")
         judged = evaluation.tabulate(rows, verdicts)["refusal"]
-    nll = evaluation.held_out(model, sets.validate)[evaluation.NLL]["value"][0]
+    nll = score("validate")[evaluation.NLL]["value"][0]
     out = {name: x["value"] for name, x in out.items()}
     return out | dict(validation=judged.pop("validation", {}) | dict(NLL=nll), sets=judged)
 
 # ---- table ----
 def combinations(s, folder):
-    """The settings of every run: seed x method x rate, a folder each; before them a seed's base, measured."""
+    """The settings of every run, seed x method x rate, a folder each; a seed's base is first."""
     out = []
     for seed in s.seed:
         shared = folder / ("base" if len(s.seed) == 1 else f"base-seed{seed}")
-        runs = [("base", 0.0, shared)] + [(m, lr, folder / f"{m}-lr{lr:g}-seed{seed}") for m in s.method
-                                          for lr in (m == "full" and s.full_lr or s.lr)]
+        runs = [("base", 0.0, shared)]
+        for m in s.method:
+            rates = s.full_lr if m == "full" and s.full_lr else s.lr
+            runs += [(m, lr, folder / f"{m}-lr{lr:g}-seed{seed}") for lr in rates]
         for m, lr, home in runs:
             own = dict(method=m, lr=lr, seed=seed, out=str(home), shared=str(shared), resume=True)
             out.append(SimpleNamespace(**vars(s) | own | dict(data=s.data.replace("{seed}", str(seed)))))
     return out
 
 def each(jobs, runs):
-    """Do the runs, `jobs` at a time in processes of one thread each; yields as they end, in order."""
+    """Do the runs, `jobs` at a time in processes of one thread; yields after each, in order."""
     if jobs == 1:
         yield from map(quiet_run, runs)
     else:
@@ -561,7 +560,7 @@ def quiet_run(s):
         run(s)
 
 def headline(r):
-    """The columns of one run: rates on its first set of prompts, or else likelihood of held-out pairs."""
+    """One run's columns: rates on its first set of prompts, else likelihood of held-out pairs."""
     rates = next(iter(r["sets"].values()), {})
     keys = ("safety rate", "over-refusal", "help", "balance", "knowledge") if rates else (
         evaluation.NLL, "prefers chosen, whole reply", "prefers chosen, per token")
@@ -572,24 +571,25 @@ def mean(x):
     return x[0] if isinstance(x, (list, tuple)) else x
 
 def best_rates(results):
-    """{method: rate} of the best mean over seeds: validation balance if there is one, then validation NLL."""
+    """{method: best rate}: by mean validation balance, if there is one, then validation NLL."""
     ranks = defaultdict(lambda: defaultdict(list))
     for r in results:
         ranks[r["method"]][r["lr"]].append((r["validation"].get("balance", 0.0), -r["validation"]["NLL"]))
     return {m: max(rates, key=lambda lr: tuple(np.mean(rates[lr], 0).round(9))) for m, rates in ranks.items()}
 
 def table(results):
-    """Markdown lines: a row a method at its best rate, how it was chosen, and what can be concluded."""
+    """Markdown lines: a row a method at its best rate, the rule, and a conclusion."""
     best, seeds, rows = best_rates(results), len({r["seed"] for r in results}), {}
     for m, lr in best.items():
         mine = [r for r in results if (r["method"], r["lr"]) == (m, lr)]  # one a seed
         over = lambda c: data.t_interval([mean(headline(r)[c]) for r in mine])
         row = headline(mine[0]) if seeds == 1 else {c: over(c) for c in headline(mine[0])}
-        rows[m + f", lr {lr:g}" * (lr > 0)] = row | dict(parameters=mine[0].get("parameters"))
+        name = "base" if m == "base" else f"{m}, lr {lr:g}"
+        rows[name] = row | dict(parameters=mine[0].get("parameters"))
     base, chosen_by = rows.pop("base") if len(best) > 2 else {}, "balance" in results[0]["validation"]
     lines = evaluation.markdown(f"scored on: {next(iter(results[0]['sets']), 'held-out pairs')}", rows)
     if len(results) > 2 * seeds:
-        rule = "balance on validation prompts, then " * chosen_by + "validation NLL"
+        rule = "balance on validation prompts, then validation NLL" if chosen_by else "validation NLL"
         lines += ["", f"± is a 95 % t-interval over {seeds} seeds. Rate: the best mean {rule}."]
     if base:
         lines.append("Before alignment: " + ", ".join(f"{c} {mean(x):.3f}" for c, x in base.items() if x))
@@ -599,7 +599,7 @@ def table(results):
     return lines
 
 def conclusion(results, title, rates):
-    """One sentence on SAILS against each other method at these rates, paired by seed, 95 % t-intervals."""
+    """One sentence: SAILS against each method at these rates, paired by seed, 95 % intervals."""
     measure, sign = ("balance", 1) if "balance" in headline(results[0]) else (evaluation.NLL, -1)
     values = {m: np.array([mean(headline(r)[measure]) for r in results if (r["method"], r["lr"]) == (m, lr)])
               for m, lr in rates.items() if m != "base"}
@@ -612,11 +612,22 @@ def conclusion(results, title, rates):
     verdict = ", ".join(f"{word} {', '.join(ms)}" for word, ms in words.items() if ms)
     return f"{title}, {measure}: {means}. SAILS {verdict}."
 
+def report(folder, runs):
+    """Write the table of runs from their folders and print it, after the features that SAILS chose."""
+    lines = table([data.read_json(Path(r.out) / "results.json") for r in runs])
+    data.write_text(folder / "table.md", "\n".join(lines) + "\n")
+    chosen = [Path(r.out) / "features.json" for r in runs if r.method == "sails"]
+    if chosen and len(runs) > 2:  # a single run has printed them
+        shown = sae_module.feature_lines(data.read_json(chosen[0]))
+        say(f"Features that SAILS chose ({chosen[0].with_suffix('.md')}):", *shown, "")
+    say(*lines, f"Saved in {folder}: a folder a run, table.md")
+
 def main():
     s = settings()
     if "RANK" in os.environ and not s.dry_run:  # torchrun
         dist.init_process_group("nccl" if s.device.startswith("cuda") else "gloo")
         s.device = f"cuda:{os.environ['LOCAL_RANK']}" if s.device.startswith("cuda") else s.device
+        s.jobs = 1  # the ranks share every run
     if s.tiny and lead():
         make_world(WORLD, 0, s.seed)
     together()
@@ -625,24 +636,19 @@ def main():
         return dry_run(s, config)
     name = "tiny" if s.tiny else data.model_name(s.model)
     one = len(s.method) * len(s.seed) * len(s.lr) == 1
-    folder = Path(s.out or f"runs/{name}" + f"-{s.method[0]}-{s.seed[0]}" * one)
+    folder = Path(s.out or (f"runs/{name}-{s.method[0]}-{s.seed[0]}" if one else f"runs/{name}"))
     runs = combinations(s, folder)
     if one:
         runs[1].out, runs[1].resume = str(folder), s.resume
-        list(map(run, reversed(runs)))
+        for r in reversed(runs):  # the base last: a refused run leaves nothing behind
+            run(r)
     else:
         with data.progress(total=len(runs), desc="runs", disable=None if lead() else True) as bar:
-            for first in (True, False):  # what others share comes first
+            for first in (True, False):  # the bases measure and fit what other runs share
                 for _ in each(s.jobs, [r for r in runs if (r.method == "base") == first]):
                     bar.update()
     if lead():
-        lines = table([data.read_json(Path(r.out) / "results.json") for r in runs])
-        data.write_text(folder / "table.md", "\n".join(lines) + "\n")
-        shown = next((Path(r.out) for r in runs if r.method == "sails"), None)
-        if shown and not one:
-            features = feature_lines(data.read_json(shown / "features.json"))
-            say(f"Features that SAILS chose ({shown}/features.md):", *features, "")
-        say(*lines, f"Saved in {folder}: a folder a run, table.md")
+        report(folder, runs)
 
 if __name__ == "__main__":
     data.run_main(main)
