@@ -10,9 +10,12 @@ import fnmatch
 import functools
 import gzip
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -156,13 +159,20 @@ def read_rows(path, growing=False):
         rows += [(n, row)] if row else []
     return rows
 
-def same_settings(path, settings, **notes):
-    """Write {"settings", **notes} to path; UserError if a file there has other settings."""
+def same_settings(path, settings):
+    """Write settings, git commit and versions to path; UserError if it has other settings."""
     if not path.exists():
-        return write_json(path, dict(settings=settings, **notes))
+        packages = ("torch", "numpy", "safetensors", "tokenizers", "huggingface-hub")
+        versions = {p: importlib.metadata.version(p) for p in packages}
+        return write_json(path, dict(settings=settings, git=_git_commit(), versions=versions))
     old, new = read_json(path)["settings"], json.loads(json.dumps(settings))
     changed = [f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in old | new if old.get(k) != new.get(k)]
     need(not changed, f"{path.parent} began with other settings ({'; '.join(changed)}); use another --out")
+
+def _git_commit():
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    done = shutil.which("git") and subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() if done else None
 
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # t(.975), df 1 to 10
 
@@ -316,7 +326,7 @@ def render_chat(tok, turns, reply=None, template="gemma"):
     """A conversation as ids and loss mask, for training, scoring and generation alike.
     turns [{"role": "user" | "assistant", "content": str}, ...], first and last from the user; without a reply
     the prompt alone. mask is 1 on the reply's tokens and its end token. Markers and contents are encoded
-    apart, so no content forges a marker, and a prompt's ids begin the whole (108 + 108 would become 110)."""
+    apart, so no content forges a marker, and a prompt's ids begin the whole."""
     t, turns = TEMPLATES[template], as_turns(turns)
     marks = functools.partial(_encode, tok, plain=False)
     content = lambda text: encode_plain(tok, t["lead"] + text.strip())
@@ -373,8 +383,7 @@ def read_pairs(path):
     {"chosen", "rejected"}            HH-RLHF: two whole dialogues that share all but the last reply
     {"prompt", "chosen", "rejected"}  prompt is a text or a list of turns
     {"prompt", "response"}            no rejected reply: for plain fine-tuning
-    Any row may have "label" ("harmful" | "benign") and "id". An example: id, turns, chosen, rejected, label.
-    Of harmless-base's 2,312 test rows 4 have an empty reply; in none do the prompts differ."""
+    Any row may have "label" ("harmful" | "benign") and "id". An example: id, turns, chosen, rejected, label."""
     examples, dropped = [], Counter()
     for n, row in read_rows(path):
         with expecting(f"{path} line {n}", UserError):

@@ -230,7 +230,7 @@ class Gemma(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config = c
-        # also the output head: tied. With a table given nothing is drawn, which on the meta device costs 2 s
+        # also the output head: tied. A given table is not drawn at random, which takes 2 s
         size = c.vocab_size, c.d_model
         self.embed_tokens = nn.Embedding(*size, _weight=torch.zeros(size))
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layers))

@@ -144,7 +144,7 @@ def subspaces(method, stats, saes, k=32, tau=0.8, rule="absolute", center=False,
     random           r random orthonormal directions: is it any direction at all? Reads only stats' "D"
     mean-diff        the difference of mean residuals: one direction, filled up at random when LoRA starts
     raw-pca          r principal directions of paired differences of residuals; standardise: of dimensions
-                     divided by their standard deviations, as SAEs are trained, so that outliers do not rule
+                     divided by their standard deviations, as SAEs see them
     pool  one basis for all layers, from all their features      drop  features never to choose"""
     rng, out, chosen, rows = torch.Generator().manual_seed(seed), {}, {}, {}
     for i, s in stats.items():
@@ -337,7 +337,7 @@ def one_way_rows(rows, eps, gen):
     return rows + eps * U[:, -1:].sign() * F.normalize(w - Vt.T @ (Vt @ w), dim=0)
 
 def measure_entanglement(seed, cells, checks):
-    """Measure every estimator, given r, on the same pairs, over the strength of an entangled concept."""
+    """Measure every estimator on the same pairs, over the strength of an entangled concept."""
     for strength in STRENGTHS:
         world = superposition(seed, strength=strength)
         (a, h), target = superposition_pairs(world, PAIRS, seed), world.W[world.safety].T  # target (D, r)
@@ -361,8 +361,8 @@ def sae_estimate(codes, W_dec, r):
 
 def trained_estimate(world, h, seed, steps=400):
     """SAILS with an SAE trained on h: basis (D, r), eps of its chosen rows, of its best rows.
-    eps is how far the worst d_i of S is from the nearest row; where the two differ selection failed, not the
-    SAE, which is given how many features there are and about how many fire at a time."""
+    eps is how far the worst d_i of S is from the nearest row; where the two differ selection failed. The SAE
+    is given the number of features, and about how many fire at a time."""
     sae = train_sae(h.flatten(0, 1).float(), len(world.W), 6, steps, batch=128, lr=1e-2, seed=seed)
     W_dec, target = sae.W_dec.double(), world.W[world.safety]
     V, features = sae_estimate(sae.encode(h).double(), W_dec, len(target))

@@ -9,11 +9,8 @@ Letters: B batch, n tokens or rows, D d_model; a subspace's basis V is (D, r_s),
 """
 import contextlib
 import copy
-import importlib.metadata
 import math
 import os
-import shutil
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -253,11 +250,11 @@ def backward(model, batch, s, loss, step):
     return logged | {"tokens": sum(sum(r["chosen_tokens"][1]) for r in batch)}
 
 def lead():
-    """Is this the process that prints and writes: the only one, or rank 0 under torchrun?"""
+    """True in the process that prints and writes: the only one, or rank 0."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 def together():
-    """Wait for the other processes, if there are any."""
+    """Wait for the other processes."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -347,9 +344,7 @@ def open_folder(s):
     together()  # all have looked before one writes
     need(s.resume or not begun, f"{folder} holds a run: add --resume to continue it, or choose another --out")
     if lead() or begun:
-        packages = ("torch", "numpy", "safetensors", "tokenizers", "huggingface-hub")
-        versions = {p: importlib.metadata.version(p) for p in packages}
-        data.same_settings(path, own, git=_git_commit(), versions=versions)
+        data.same_settings(path, own)
     s.resume = begun
     together()
     try:
@@ -368,11 +363,6 @@ def sources(s):
     if s.method in sails.READS_SAE and s.sae != "fit":
         out["sae"] = [data.fingerprint(s.sae, [sae_module.fetch_sae(s.sae, i, s.width)[1]]) for i in s.layers]
     return out
-
-def _git_commit():
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    done = shutil.which("git") and subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() if done else None
 
 def load_sets(s):
     """All that runs read, encoded once; parts that --data lacks are split off by prompt."""
@@ -463,7 +453,7 @@ def fit_saes(s, model, sets):
         mixed = [x for pair in zip(shuffled(rows), shuffled(sets.neutral)) for x in pair]  # of both as many
         acts = sae_module.collect_residuals(model, mixed or shuffled(rows), s.layers, s.fit_tokens, s.micro)
         for i, x in acts.items():
-            sae = sae_module.train_sae(x, s.fit_width, s.fit_active, s.fit_steps, seed=s.seed)
+            sae = sae_module.train_sae(x, s.fit_width, s.fit_active, s.fit_steps, seed=s.seed, show=lead())
             if lead():
                 sae_module.save_sae(sae, home, i, sae_module.sae_quality(sae, x)["l0"])
     together()
@@ -613,7 +603,7 @@ def conclusion(results, title, rates):
     return f"{title}, {measure}: {means}. SAILS {verdict}."
 
 def report(folder, runs):
-    """Write the table of runs from their folders and print it, after the features that SAILS chose."""
+    """Write and print the table of runs, read from their folders, and the chosen features."""
     lines = table([data.read_json(Path(r.out) / "results.json") for r in runs])
     data.write_text(folder / "table.md", "\n".join(lines) + "\n")
     chosen = [Path(r.out) / "features.json" for r in runs if r.method == "sails"]

@@ -1,12 +1,13 @@
-"""lora_step.py - one LoRA training step, ours against transformers + PEFT (eager attention, fp32): seconds and memory.
+"""lora_step.py - one LoRA training step, ours against transformers + PEFT: seconds and memory.
 
     pip install -r requirements.txt -r tests/requirements.txt && python benchmarks/lora_step.py
 
-Both sides read the same random Gemma-2 (D 512, 8 layers, vocabulary 32,000) and the same start of the adapter (r 16 on q, k,
-v, o) from disk, take the same batch (8 x 128 tokens, the second half supervised) and the same AdamW with clipping. Each runs
-in a process of its own, the two in turns; medians over all steps. Memory is the process's peak resident size, its imports
-included; losses are shown so that nobody times a wrong answer. Run it on a quiet machine: beside another job threads spend
-their time waiting for each other, and both sides' seconds mean nothing (both became eight times as long here).
+Both sides read the same random Gemma-2 (D 512, 8 layers, vocabulary 32,000; fp32, eager attention) and the
+same start of the adapter (r 16 on q, k, v, o) from disk, take the same batch (8 x 128 tokens, the second
+half supervised) and the same AdamW with clipping. Each runs in a process of its own, the two in turns;
+medians over all steps. Memory is the process's peak resident size, imports included; losses are shown so
+that nobody times a wrong answer. Run it on a quiet machine: beside another job threads wait for each other
+and both sides' seconds mean nothing.
 """
 import argparse
 import json
@@ -23,9 +24,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
-RAW = dict(model_type="gemma2", hidden_size=512, num_hidden_layers=8, intermediate_size=2048, num_attention_heads=4,
-           num_key_value_heads=2, head_dim=128, vocab_size=32000, query_pre_attn_scalar=128, sliding_window=4096,
-           attn_logit_softcapping=50.0, final_logit_softcapping=30.0, hidden_activation="gelu_pytorch_tanh",
+RAW = dict(model_type="gemma2", hidden_size=512, num_hidden_layers=8, intermediate_size=2048,
+           num_attention_heads=4, num_key_value_heads=2, head_dim=128, vocab_size=32000,
+           query_pre_attn_scalar=128, sliding_window=4096, attn_logit_softcapping=50.0,
+           final_logit_softcapping=30.0, hidden_activation="gelu_pytorch_tanh",
            architectures=["Gemma2ForCausalLM"])
 BATCH, T, SUPERVISED = 8, 128, 64
 
@@ -56,7 +58,8 @@ def peers(folder):
     """The same with transformers and PEFT."""
     import peft
     import transformers
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="eager")
+    how = dict(dtype=torch.float32, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", **how)
     model = peft.PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True).train()
 
     def loss(ids):
@@ -66,7 +69,7 @@ def peers(folder):
     return [p for p in model.parameters() if p.requires_grad], loss
 
 def one_side(name, folder, steps):
-    """Train a few steps and print one JSON line: seconds of each step after the first, losses, peak memory."""
+    """Train a few steps; print one JSON line: seconds of steps after the first, losses, peak memory."""
     params, loss_of = {"ours": ours, "peers": peers}[name](folder)
     opt = torch.optim.AdamW(params, lr=1e-3, weight_decay=0.0)
     rng = torch.Generator().manual_seed(0)
@@ -97,20 +100,23 @@ def main():
         prepare(Path(folder))
         for i in range(args.rounds):
             for side in runs:
-                run = subprocess.run([sys.executable, __file__, "--side", side, "--folder", folder, "--steps", str(args.steps)],
-                                     capture_output=True, text=True)
+                command = [sys.executable, __file__, "--side", side, "--folder", folder]
+                run = subprocess.run([*command, "--steps", str(args.steps)], capture_output=True, text=True)
                 if run.returncode:
                     sys.exit(f"{side} failed:\n{run.stderr}")
                 runs[side].append(json.loads(run.stdout.splitlines()[-1]))
                 r = runs[side][-1]
-                print(f"round {i} {side:5s}: {statistics.median(r['seconds']):.3f} s a step, peak {r['peak_mb']:.0f} MB, "
-                      f"last loss {r['losses'][-1]:.5f}, {r['trained']:,} trained", flush=True)
+                print(f"round {i} {side:5s}: {statistics.median(r['seconds']):.3f} s a step, "
+                      f"peak {r['peak_mb']:.0f} MB, last loss {r['losses'][-1]:.5f}, "
+                      f"{r['trained']:,} trained", flush=True)
     gap = max(abs(a - b) for a, b in zip(runs["ours"][0]["losses"], runs["peers"][0]["losses"]))
-    print(f"losses differ by at most {gap:.1e} over {args.steps + 1} steps; torch {torch.__version__}, {torch.get_num_threads()} threads")
-    ours_s, peers_s = (statistics.median(x for r in runs[side] for x in r["seconds"]) for side in runs)
-    ours_mb, peers_mb = (statistics.median(r["peak_mb"] for r in runs[side]) for side in runs)
-    print(f"seconds a step: ours {ours_s:.3f}, transformers + PEFT {peers_s:.3f}: {peers_s / ours_s:.2f} times as fast")
-    print(f"peak memory, MB: ours {ours_mb:.0f}, transformers + PEFT {peers_mb:.0f}: {ours_mb / peers_mb:.2f} of it")
+    print(f"losses differ by at most {gap:.1e} over {args.steps + 1} steps; torch {torch.__version__}, "
+          f"{torch.get_num_threads()} threads")
+    mine, theirs = (statistics.median(x for r in runs[side] for x in r["seconds"]) for side in runs)
+    print(f"seconds a step: ours {mine:.3f}, transformers + PEFT {theirs:.3f}: "
+          f"{theirs / mine:.2f} times as fast")
+    mine, theirs = (statistics.median(r["peak_mb"] for r in runs[side]) for side in runs)
+    print(f"peak memory, MB: ours {mine:.0f}, transformers + PEFT {theirs:.0f}: {mine / theirs:.2f} of it")
 
 if __name__ == "__main__":
     main()

@@ -1,15 +1,15 @@
-"""published_shapes.py - the whole road at the published sizes, with random weights: what each stage takes in time and memory.
+"""published_shapes.py - the whole road at the published sizes, random weights: time and memory of each stage.
 
-    python benchmarks/published_shapes.py FOLDER --size 2b         (FOLDER gets 6.5 GB, for 9b 21 GB, and is yours to delete)
+    python benchmarks/published_shapes.py FOLDER --size 2b     FOLDER gets 6.5 GB (9b: 21 GB, small: 10 MB)
 
-Writes a checkpoint (bf16, in shards) and one SAE per layer (16k wide) with exactly the names and shapes of Gemma 2 2B or 9B
-and of Gemma Scope, then walks load -> forward -> features -> 3 steps -> generate -> save -> reload with train.py's own
-functions, in a process of its own. Peak memory is the resident size, sampled every 10 ms; it counts the pages of the mapped
-weight files, which are read when first used: the first forward belongs to the loading. Where transformers is installed, the
-same forward is done with it on the same files and compared. Text and tokenizer are the made-up world's: only shapes matter.
+Writes a checkpoint (bf16, in shards) and an SAE per layer with the names and shapes of Gemma 2 and Gemma
+Scope, then walks load -> forward -> features -> 3 steps -> generate -> save -> reload with train.py's own
+functions, in a process of its own. Peak memory is the resident size, sampled every 10 ms; it counts the
+pages of mapped weight files, which are read when first used: the first forward belongs to the loading.
+transformers, where installed, does the same forward on the same files. Text and tokenizer are the made-up
+world's.
 """
-import argparse
-import json
+import importlib.util
 import os
 import subprocess
 import sys
@@ -17,33 +17,53 @@ import threading
 import time
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import lora
 import model_gemma
 import train
+from benchmarks.tiny_world import tiny_world
 
-RAW = dict(model_type="gemma2", architectures=["Gemma2ForCausalLM"], vocab_size=256000, head_dim=256, sliding_window=4096,
-           query_pre_attn_scalar=256, attn_logit_softcapping=50.0, final_logit_softcapping=30.0, rms_norm_eps=1e-6,
-           hidden_activation="gelu_pytorch_tanh", rope_theta=10000.0, max_position_embeddings=8192, torch_dtype="bfloat16")
-SIZES = {"2b": dict(RAW, num_hidden_layers=26, hidden_size=2304, intermediate_size=9216, num_attention_heads=8, num_key_value_heads=4),
-         "9b": dict(RAW, num_hidden_layers=42, hidden_size=3584, intermediate_size=14336, num_attention_heads=16, num_key_value_heads=8)}
-SAE_LAYERS = {"2b": (5, 10, 15, 20), "9b": (10, 15, 20, 25, 30)}
-SHARD = 2e9                                            # bytes; the hub's shards are up to 5 GB
-PROBE = torch.arange(5, 69)[None] % 280                # 64 token ids
+RAW = dict(
+    model_type="gemma2", architectures=["Gemma2ForCausalLM"], vocab_size=256000, head_dim=256,
+    sliding_window=4096, query_pre_attn_scalar=256, attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
+    rms_norm_eps=1e-6, hidden_activation="gelu_pytorch_tanh", rope_theta=10000.0, torch_dtype="bfloat16",
+    max_position_embeddings=8192)
+SIZES = {
+    "small": RAW | dict(vocab_size=1024, num_hidden_layers=4, hidden_size=256, intermediate_size=512,
+                        num_attention_heads=2, num_key_value_heads=1),
+    "2b": RAW | dict(num_hidden_layers=26, hidden_size=2304, intermediate_size=9216, num_attention_heads=8,
+                     num_key_value_heads=4),
+    "9b": RAW | dict(num_hidden_layers=42, hidden_size=3584, intermediate_size=14336, num_attention_heads=16,
+                     num_key_value_heads=8)}
+SAE_LAYERS = {"small": (1, 2), "2b": (5, 10, 15, 20), "9b": (10, 15, 20, 25, 30)}
+WIDTHS = {"small": 512, "2b": 16384, "9b": 16384}
+SHARD = 2e9  # bytes; the hub's shards are up to 5 GB
+PROBE = torch.arange(5, 69)[None]  # 64 token ids
 
 def on_meta(size):
+    """The model's shapes, without memory."""
     with torch.device("meta"):
         return model_gemma.Gemma(model_gemma.config_from_json(SIZES[size]))
 
 def write(folder, size):
-    """Checkpoint, SAEs, tokenizer and preference data; one shard in memory at a time."""
-    world, rng = data.tiny_world(0), np.random.default_rng(0)
+    """Write checkpoint, tokenizer, SAEs and preference data."""
+    world, rng = tiny_world(0), np.random.default_rng(0)
+    write_weights(folder / "model", size)
+    world.tok.save(str(folder / "model" / "tokenizer.json"))
+    for layer in SAE_LAYERS[size]:
+        write_sae(folder / "sae", layer, SIZES[size]["hidden_size"], WIDTHS[size], rng)
+    words = [w.strip("▁") for w in world.tok.get_vocab() if w.startswith("▁") and len(w) > 1]
+    text = lambda: " ".join(rng.choice(words, 60))
+    rows = [dict(prompt=text(), chosen=text(), rejected=text()) for _ in range(40)]
+    data.write_rows(folder / "pairs.jsonl", rows)
+
+def write_weights(folder, size):
+    """Write random weights in shards, one of them in memory at a time, with index and config."""
     shapes = {"model." + n: p.shape for n, p in on_meta(size).named_parameters()}
     parts, room = [[]], SHARD
     for name, shape in shapes.items():
@@ -53,37 +73,36 @@ def write(folder, size):
         parts[-1].append(name)
         room -= shape.numel() * 2
     where, gen = {}, torch.Generator().manual_seed(0)
-    (folder / "model").mkdir(parents=True, exist_ok=True)
-    for i, part in enumerate(parts):
-        file = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
-        draw = lambda shape: torch.empty(shape, dtype=torch.bfloat16).normal_(std=.02, generator=gen)
-        save_file({n: draw(shapes[n]) for n in part}, folder / "model" / file, metadata={"format": "pt"})
-        where |= {n: file for n in part}
-    data.write_json(folder / "model" / "config.json", SIZES[size])
-    world.tok.save(str(folder / "model" / "tokenizer.json"))
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = lambda shape: torch.empty(shape, dtype=torch.bfloat16).normal_(std=.02, generator=gen)
+    for i, part in enumerate(parts, 1):
+        file = f"model-{i:05d}-of-{len(parts):05d}.safetensors"
+        save_file({n: draw(shapes[n]) for n in part}, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(part, file)
     total = sum(shape.numel() * 2 for shape in shapes.values())
-    data.write_json(folder / "model" / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
-    D, N = SIZES[size]["hidden_size"], 16384
-    for layer in SAE_LAYERS[size]:
-        W = rng.standard_normal((N, D), dtype=np.float32)
-        W /= np.linalg.norm(W, axis=1, keepdims=True)
-        # a block adds two branches of rms 1 to each dimension; 2.5 standard deviations leave some 100 features
-        threshold = np.full(N, 2.5 * (1 + 2 * layer) ** .5, dtype=np.float32)
-        path = folder / "sae" / f"layer_{layer}" / "width_16k" / "average_l0_100" / "params.npz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, W_enc=W.T, W_dec=W, b_enc=np.zeros(N, np.float32), b_dec=np.zeros(D, np.float32), threshold=threshold)
-    words = [w for w in world.tok.get_vocab() if not w.startswith("<")]
-    said = lambda n: " ".join(rng.choice(words, n))
-    data.write_text(folder / "pairs.jsonl", "".join(json.dumps(dict(prompt=said(60), chosen=said(60), rejected=said(60))) + "\n" for _ in range(40)))
+    data.write_json(folder / "config.json", SIZES[size])
+    index = dict(metadata=dict(total_size=total), weight_map=where)
+    data.write_json(folder / "model.safetensors.index.json", index)
+
+def write_sae(folder, layer, D, N, rng):
+    """Write a random SAE of which about 100 features fire on a token."""
+    W = rng.standard_normal((N, D), dtype=np.float32)
+    W /= np.linalg.norm(W, axis=1, keepdims=True)
+    # a block adds two branches of rms 1 to each dimension; 2.5 standard deviations leave some 100 features
+    threshold = np.full(N, 2.5 * (1 + 2 * layer) ** .5, dtype=np.float32)
+    path = folder / f"layer_{layer}" / "width_16k" / "average_l0_100" / "params.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    b_enc, b_dec = np.zeros(N, np.float32), np.zeros(D, np.float32)
+    np.savez(path, W_enc=W.T, W_dec=W, b_enc=b_enc, b_dec=b_dec, threshold=threshold)
 
 class Stage:
-    """Time a stage and sample the process's resident size meanwhile; prints one line."""
+    """Times a stage and samples the process's resident size meanwhile; prints one line."""
 
     def __init__(self, name):
         self.name, self.peak, self.over = name, 0, threading.Event()
-        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread = threading.Thread(target=self.sample, daemon=True)
 
-    def watch(self):
+    def sample(self):
         while not self.over.wait(.01):
             self.peak = max(self.peak, resident())
 
@@ -95,19 +114,27 @@ class Stage:
         seconds = time.perf_counter() - self.began
         self.over.set()
         self.thread.join()
-        gpu = f", {torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU so far" if torch.cuda.is_initialized() else ""
-        print(f"{self.name:24s} {seconds:8.1f} s   peak {max(self.peak, resident()) / 1e9:6.2f} GB resident{gpu}", flush=True)
+        gpu = ""
+        if torch.cuda.is_initialized():
+            gpu = f", {torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU so far"
+        peak = max(self.peak, resident()) / 1e9
+        print(f"{self.name:24s} {seconds:8.1f} s   peak {peak:6.2f} GB resident{gpu}", flush=True)
 
 def resident():
+    """The process's resident size in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 def walk(folder, size, device):
     """Every stage, on our side."""
-    args = f"--model {folder}/model --sae {folder}/sae --data {folder}/pairs.jsonl --dtype bfloat16 --device {device} --template tiny --steps 3 --batch 2 --micro 2 --contrast-pairs 8"
-    s = train.settle(train.parser().parse_args(args.split()))
-    train.choose_sources(s, model_gemma.load_config(s.model))
-    tok, out = data.load_tokenizer(s.model), folder / "run"
-    rows, _, examples = train.load_rows(s, tok)
+    line = (f"--model {folder}/model --sae {folder}/sae --data {folder}/pairs.jsonl --dtype bfloat16 "
+            f"--device {device} --template tiny --steps 3 --batch 2 --micro 2 --width 16k --contrast-pairs 8 "
+            f"--layers {','.join(map(str, SAE_LAYERS[size]))}")
+    s = train.settings(line.split())
+    train.choose_sources(s)
+    s.method, s.lr, s.seed, s.resume, s.shared = "sails", s.lr[0], s.seed[0], False, str(folder / "run")
+    sets, out = train.load_sets(s), folder / "run"
+    out.mkdir(exist_ok=True)
+    (out / "subspace.safetensors").unlink(missing_ok=True)
     print(f"{'before':24s} {'':10s}   {resident() / 1e9:11.2f} GB resident", flush=True)
     with Stage("load"):
         model = model_gemma.load_gemma(s.model, torch.bfloat16, device)
@@ -115,13 +142,11 @@ def walk(folder, size, device):
         base = model(PROBE.to(device)).cpu()
     save_file({"logits": base}, folder / "logits.safetensors")
     with Stage("features, 8 pairs"):
-        bases = train.subspace(s, model, tok, examples, out)
-    lora.attach(model, s.targets, s.r, s.alpha)
-    train.start_adapters(s, model, bases)
+        train.start(s, model, sets, out)
     with Stage("3 steps of 2 x 120 tokens"):
-        train.align(model, rows, s, out)
+        train.align(model, sets.train, s, train.make_loss(s, model), out)
     with Stage("generate 2 x 16"):
-        replies = model_gemma.generate(model, [r["chosen"][0][:60] for r in rows[:2]], 16, ())
+        replies = model_gemma.generate(model, [r["prompt_ids"] for r in sets.train[:2]], 16, ())
     with torch.no_grad():
         trained = model(PROBE.to(device)).cpu()
     with Stage("save the adapter"):
@@ -132,25 +157,31 @@ def walk(folder, size, device):
         lora.load_adapter(model, out)
     with torch.no_grad():
         again = model(PROBE.to(device)).cpu()
-    assert torch.equal(again, trained) and not torch.equal(again, base) and all(len(r) == 16 for r in replies)
+    assert torch.equal(again, trained)
+    assert not torch.equal(again, base)
+    assert all(len(r) == 16 for r in replies)
     print("reloaded logits equal the trained model's to the last bit, and differ from the base's")
 
 def compare(folder, device):
     """transformers' logits on the same files, against ours."""
+    if importlib.util.find_spec("transformers") is None:
+        return print("transformers is not installed: not compared")
     import transformers
+    how = dict(dtype=torch.bfloat16, attn_implementation="eager")
     with Stage("transformers, load"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16, attn_implementation="eager").to(device)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", **how).to(device)
     with Stage("transformers, forward"), torch.no_grad():
         theirs = model(PROBE.to(device)).logits.float().cpu()
     ours = load_file(folder / "logits.safetensors")["logits"]
-    print(f"logits, ours against transformers {transformers.__version__}: largest difference {(ours - theirs).abs().max():.3g} "
-          f"at a size of {theirs.abs().max():.3g}; {(ours == theirs).float().mean():.2%} equal to the last bit")
+    print(f"logits, ours against transformers {transformers.__version__}: largest difference "
+          f"{(ours - theirs).abs().max():.3g} at a size of {theirs.abs().max():.3g}; "
+          f"{(ours == theirs).float().mean():.2%} equal to the last bit")
 
 def main():
-    ap = argparse.ArgumentParser(description="Time and memory of every stage at the published sizes, with random weights.")
+    ap = data.Arguments(description="Time and memory of every stage at the published sizes, random weights.")
     ap.add_argument("folder", type=Path, help="where the files go")
     ap.add_argument("--size", choices=SIZES, default="2b")
-    ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    ap.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
     ap.add_argument("--stage", choices=["write", "walk", "compare"], help="only this one")
     args = ap.parse_args()
     if args.stage == "write":
@@ -159,14 +190,13 @@ def main():
         return walk(args.folder, args.size, args.device)
     if args.stage == "compare":
         return compare(args.folder, args.device)
-    total = sum(2 * p.numel() for p in on_meta(args.size).parameters())
-    print(f"{args.size}: {total / 2:,.0f} parameters, {total / 1e9:.2f} GB in bf16; torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
-    for stage in ("write", "walk", "compare"):         # a process each: memory is measured from nothing
-        if stage == "write" and (args.folder / "pairs.jsonl").exists():
-            continue
-        done = subprocess.run([sys.executable, __file__, str(args.folder), "--size", args.size, "--device", args.device, "--stage", stage])
-        if done.returncode:
-            sys.exit(f"stage {stage} failed")
+    count = sum(p.numel() for p in on_meta(args.size).parameters())
+    print(f"{args.size}: {count:,} parameters, {2 * count / 1e9:.2f} GB in bf16; torch {torch.__version__}, "
+          f"{torch.get_num_threads()} threads", flush=True)
+    again = [sys.executable, __file__, str(args.folder), "--size", args.size, "--device", args.device]
+    for stage in ("write", "walk", "compare"):  # a process each: memory is measured from nothing
+        if stage != "write" or not (args.folder / "pairs.jsonl").exists():
+            subprocess.run([*again, "--stage", stage], check=True)
 
 if __name__ == "__main__":
-    main()
+    data.run_main(main)
