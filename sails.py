@@ -164,7 +164,7 @@ def subspaces(method, stats, saes, k=32, tau=0.8, rule="absolute", center=False,
     if pool and rows:
         every = torch.cat(list(rows.values()))
         out = dict.fromkeys(rows, basis(every, range(len(every)), tau, center))
-    return {i: V.float() for i, V in out.items()}, chosen
+    return {i: V.float().contiguous() for i, V in out.items()}, chosen
 
 def _choose(method, s, k, rule, drop, rng, layer):
     """Features (k,) of one layer, best or random, among those that fire and are not dropped."""

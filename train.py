@@ -429,7 +429,7 @@ def subspace(s, model, sets, folder):
         if s.contrast_data:
             rows, _ = data.encode(sets.tok, data.read_pairs(s.contrast_data)[0], s.template)
         pairs = sails.contrast_pairs(rows, s.contrast, s.last)[:s.contrast_pairs]
-        key.append(s.method in sails.READS_SAE)
+        key = [*key, s.method in sails.READS_SAE]
         stats = keep("stats", key, lambda: sails.contrast_means(model, saes, pairs, s.micro))
     bases, chosen = sails.subspaces(
         s.method, stats, saes, k=s.k, tau=s.tau, rule=s.score, center=s.center, r=s.r, drop=s.drop,
@@ -564,7 +564,7 @@ def best_rates(results):
     """{method: best rate}: by mean validation balance, if there is one, then validation NLL."""
     ranks = defaultdict(lambda: defaultdict(list))
     for r in results:
-        ranks[r["method"]][r["lr"]].append((r["validation"].get("balance", 0.0), -r["validation"]["NLL"]))
+        ranks[r["method"]][r["lr"]].append((r["validation"].get("balance") or 0.0, -r["validation"]["NLL"]))
     return {m: max(rates, key=lambda lr: tuple(np.mean(rates[lr], 0).round(9))) for m, rates in ranks.items()}
 
 def table(results):
@@ -580,9 +580,11 @@ def table(results):
     lines = evaluation.markdown(f"scored on: {next(iter(results[0]['sets']), 'held-out pairs')}", rows)
     if len(results) > 2 * seeds:
         rule = "balance on validation prompts, then validation NLL" if chosen_by else "validation NLL"
-        lines += ["", f"± is a 95 % t-interval over {seeds} seeds. Rate: the best mean {rule}."]
+        spread = f"± is a 95 % t-interval over {seeds} seeds" if seeds > 1 else "[ ]: 95 % over prompts"
+        lines += ["", f"{spread}. Rate: the best mean {rule}."]
     if base:
-        lines.append("Before alignment: " + ", ".join(f"{c} {mean(x):.3f}" for c, x in base.items() if x))
+        values = [f"{c} {mean(x):.3f}" for c, x in base.items() if x is not None]
+        lines.append("Before alignment: " + ", ".join(values))
     if "sails" in best and len(best) > 2 and seeds > 1:
         lowest = {m: min(r["lr"] for r in results if r["method"] == m) for m in best}
         lines += [conclusion(results, "Tuned", best), conclusion(results, "At the lowest rate", lowest)]
@@ -625,7 +627,8 @@ def main():
     if s.dry_run:
         return dry_run(s, config)
     name = "tiny" if s.tiny else data.model_name(s.model)
-    one = len(s.method) * len(s.seed) * len(s.lr) == 1
+    rates = s.full_lr if s.method == ["full"] and s.full_lr else s.lr
+    one = len(s.method) * len(s.seed) * len(rates) == 1
     folder = Path(s.out or (f"runs/{name}-{s.method[0]}-{s.seed[0]}" if one else f"runs/{name}"))
     runs = combinations(s, folder)
     if one:

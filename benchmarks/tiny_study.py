@@ -1,242 +1,257 @@
-"""tiny_study.py - the committed study of the tiny world: results/tiny_study.md and results/tiny_budget.png.
+"""tiny_study.py - the tiny comparison over many worlds: main table, every rate, budget, ablations.
 
     python benchmarks/tiny_study.py --out runs/study --jobs 2
+    ... --only main --bases 0 --seeds 0 --methods sails,lora --steps 4    a smoke run
+    ... --again 17                                                        is run 17 of the plan reproducible?
 
-Bases, SAEs and cells stay in --out: an interrupted study goes on where it was, and one cell can be run again by itself
-    python benchmarks/tiny_study.py --out runs/study --again 17
-which repeats cell 17 of cells.jsonl and compares every number with the line in the file.
+A base is a world: language, model, SAEs. An alignment seed draws topics, pairs and batch order in it. Runs
+have the settings of `python train.py` and what their variant changes. Bases are the independent units:
+intervals are over their means, and learning rates are chosen within them.
 """
-import argparse
-import json
-import shlex
+import contextlib
+import io
+import itertools
+import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
+import eval as evaluation
+import lora
+import model_gemma
+import sae as sae_module
+import sails
 import train
+from benchmarks import study, tiny_world
+from benchmarks.study import auc, column, paired, pick, rate_counts, reference, spread
 
-MAIN = dict(bases=8, seeds=8)                          # the main table; intervals over the bases' means
-SMALL = dict(bases=3, seeds=3)                         # ablations: sizes, not significance, are to be seen
-METHODS = ["sails", "lora", "full", "random", "random-features", "mean-diff", "raw-pca"]
-ALL = "q,k,v,o,gate,up,down"
+LAYER, LAYERS = 2, (0, 1, 2, 3)  # where the SAE is read, and where there is one
+METHODS = ("sails", "lora", "full", "random", "random-features", "mean-diff", "raw-pca")
+RATES, FULL_RATES, FROZEN_RATES = (1e-3, 3e-3, 1e-2), (1e-4, 3e-4, 1e-3), (3e-3, 1e-2, 3e-2)
+COLUMNS = ("safety rate", "over-refusal", "help", "balance", "look-alike balance", "knowledge")
 
-# title, what is varied as {label: settings}, learning rates tried (tuned takes the best by validation)
-ABLATIONS = [
-    ("Features chosen, k (rank 4)", {f"k = {k}": dict(k=k) for k in (2, 4, 8, 16, 32)}),
-    ("Variance kept, tau", {"k = 4, tau 1": {}, "k = 4, tau 0.8": dict(tau=0.8), "k = 16, tau 1": dict(k=16), "k = 16, tau 0.8": dict(k=16, tau=0.8)}),
-    ("Side that gets the basis", {x: dict(sides=x) for x in ("both", "read", "write")}),
-    ("Contrast set", {"harmful / benign prompts": {}, "chosen / rejected replies": dict(contrast="replies")}),
-    ("Score", {"absolute (v2)": {}, "relative (v1)": dict(score="relative")}),
-    ("Frozen basis", {"sails, trainable": {}, **{f"{m}, frozen": dict(method=m, freeze_basis=True) for m in ("sails", "random", "random-features", "mean-diff", "raw-pca")}}),
-    ("Projections", {f"{m}, {name}": dict(method=m, targets=t) for m in ("sails", "random", "lora") for name, t in (("q,k,v,o", "q,k,v,o"), ("all seven", ALL))}),
-    ("Rank (k = rank)", {f"{m}, rank {r}": dict(method=m, r=r, k=r) for r in (2, 4, 8) for m in ("sails", "random", "lora")}),
-    ("Style nuisance in training", {f"{m}, {n}": dict(method=m, nuisance=n) for n in (0.5, 0.75, 0.9) for m in ("sails", "random", "mean-diff", "raw-pca", "lora")}),
-    ("Style features struck out", {f"{'struck out' if d else 'all features'}, nuisance {n}": dict(nuisance=n, drop=d) for n in (0.75, 0.9) for d in ("", "style")}),
-    ("Against forgetting: KL to the base on neutral text", {f"{m}, weight {w:g}": dict(method=m, replay=w) for m in ("sails", "lora") for w in (0, 1.0)}),
-    ("Norm-aware basis", {"raw": {}, "norm-aware": dict(norm_aware=True)}),
-    ("One basis or one per layer", {"layer 2 for all": {}, "each layer's own SAE": dict(layers="0,1,2,3")}),
-]
+# ---- the plan ----
+ALL_SEVEN = "--targets q,k,v,o,gate,up,down"
+NUISANCE = {share: f"--data {{home}}/nuisance-{share}-{{seed}}" for share in ("0.5", "0.9")}
+# title: methods, {level: options of train.py}; the first level is the default
+ABLATIONS = {
+    "k": ("sails", {"k 4": "", "k 2": "--k 2", "k 8": "--k 8", "k 16": "--k 16", "k 32": "--k 32"}),
+    "tau": ("sails", {"k 4, tau 1": "", "k 4, tau .8": "--tau .8", "k 16, tau 1": "--k 16",
+                      "k 16, tau .8": "--k 16 --tau .8"}),
+    "sides": ("sails", {"both": "", "read": "--sides read", "write": "--sides write"}),
+    "contrast": ("sails", {"prompts": "", "replies": "--contrast replies"}),
+    "score": ("sails", {"absolute (v2)": "", "relative (v1)": "--score relative"}),
+    "frozen basis": ("sails,random,random-features,mean-diff,raw-pca",
+                     {"trainable": "", "frozen": "--freeze-basis"}),
+    "projections": ("sails,random,lora", {"q,k,v,o": "", "all seven": ALL_SEVEN}),
+    "rank": ("sails,random,lora", {"r 4": "", "r 2": "--r 2 --k 2", "r 8": "--r 8 --k 8"}),
+    "nuisance": ("sails,random,mean-diff,raw-pca,lora", {"0.75": ""} | NUISANCE),
+    "style features": ("sails", {
+        "kept": "", "struck out": "--drop {style}", "nuisance 0.9, kept": NUISANCE["0.9"],
+        "nuisance 0.9, struck out": NUISANCE["0.9"] + " --drop {style}"}),
+    "replay": ("sails,lora", {"none": "", "weight 1": "--replay 1"}),
+    "norm-aware": ("sails", {"raw": "", "norm-aware": "--norm-aware"}),
+    "layers": ("sails", {"layer 2 for all": "", "each its own": "--layers 0,1,2,3"})}
 
-def grid(method, frozen=False):
-    """The learning rates that every variant of a method is tuned over; a frozen basis needs larger ones."""
-    return (3e-3, 1e-2, 3e-2) if frozen else train.GRID.get(method, train.ADAPTER_GRID)
+def sections(steps):
+    """{title: (bases, seeds, {label: (method, options)})}; of bases and seeds the first so many."""
+    crossed = lambda methods, levels: {
+        f"{m}, {level}": (m, more) for level, more in levels.items() for m in methods}
+    half, every = steps // 2, None
+    lengths = {n: "" if n == steps else f"--steps {n}" for n in (half, steps, 2 * steps, 4 * steps)}
+    out = {"main": (every, every, {m: (m, "") for m in METHODS}), "budget": (3, 3, crossed(METHODS, lengths)),
+           "all seven": (every, 3, {m: (m, "" if m == "full" else ALL_SEVEN) for m in METHODS})}
+    for title, more in ("dpo", ""), ("rloo", "--beta .02"):
+        # half of the steps by sft: the base never refuses, and a reward can't reinforce what is never drawn
+        options = f"--objective {title} --sft-steps {half} {more}"
+        out[title] = 3, every, {m: (m, options) for m in ("sails", "lora", "full")}
+    return out | {title: (3, 3, crossed(ms.split(","), levels)) for title, (ms, levels) in ABLATIONS.items()}
 
-def cells(bases, seeds, **settings):
-    """Every base x seed x learning rate of one variant."""
-    method = settings.get("method", "sails")
-    rates = grid(method, settings.get("freeze_basis", False))
-    return [dict(base=b, seed=sd, lr=lr, **settings) for b in range(bases) for sd in range(seeds) for lr in rates]
-
-def plan():
-    """{section: {label: cells}}; a cell that two sections share is run once."""
-    out = {"main": {m: cells(**MAIN, method=m) for m in METHODS}}
-    out["budget"] = {f"{m}, {n}": [c for c in cells(**SMALL, method=m, steps=n) if c["lr"] == grid(m)[0]] for n in (40, 80, 160, 320) for m in METHODS}
-    for title, variants in ABLATIONS:
-        out[title] = {label: cells(**SMALL, **settings) for label, settings in variants.items()}
-    out["all seven"] = {m: cells(bases=MAIN["bases"], seeds=3, method=m, **(dict() if m == "full" else dict(targets=ALL))) for m in METHODS}
-    # half of the steps on sft first: the base never refuses in a dialogue, so there is no refusal that a reward could reinforce
-    for objective, beta in (("dpo", 0.1), ("rloo", 0.02)):
-        out[objective] = {m: cells(bases=3, seeds=8, method=m, objective=objective, sft_steps=40, beta=beta) for m in ("sails", "lora", "full")}
+def plan(args):
+    """{section: {label: {(base, seed, rate): settings of a run}}}; equal runs share a folder."""
+    known = sections(args.steps)
+    data.need(set(args.only or known) <= set(known), f"--only: the sections are {', '.join(known)}")
+    out = {}
+    for title in args.only or known:
+        bases, seeds, variants = known[title]
+        size = args.bases[:bases], args.seeds[:seeds], 1 if title == "budget" else None  # the lowest rate
+        out[title] = {label: variant(args, method, options, *size)
+                      for label, (method, options) in variants.items() if method in args.methods}
     return out
 
-def show(x, digits=3):
-    mean, half = x
-    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+def variant(args, method, options, bases, seeds, rates):
+    """{(base, seed, rate): settings of a run}, at the first `rates` of the method's grid."""
+    grid = FULL_RATES if method == "full" else FROZEN_RATES if "--freeze-basis" in options else RATES
+    listed = lambda numbers: ",".join(f"{x:g}" for x in numbers)
+    folder, out = "-".join(re.findall(r"[\w.,]+", options)) or "default", {}
+    for base in bases:
+        home = args.out / f"world-{base}"
+        style = listed(data.read_json(home / "described.json")["style"])
+        argv = ["--model", home, *(word.replace(str(train.WORLD), str(home)) for word in train.TINY),
+                "--device", "cpu", "--steps", args.steps,
+                *(word.format(home=home, seed="{seed}", style=style) for word in options.split()),
+                "--method", method, "--lr", listed(grid[:rates]), "--seed", listed(seeds)]
+        for r in study.combine(argv, args.out / f"base-{base}" / folder):
+            if r.method == method:
+                out[base, r.seed, r.lr] = r
+    return out
 
-# what a small table tells, as title: number of a run
-SHOWN = {"OOD safe": lambda r: r["ood"]["safe"], "over-refusal": lambda r: r["ood"]["over"], "balance": train.balance,
-         "facts": lambda r: r["facts"], "commentary": lambda r: r["commentary"]}
+# ---- the worlds ----
+def make_base(home, base, seeds):
+    """Write a world, an SAE for each of its layers, its data folders, and what is known of it."""
+    torch.set_num_threads(1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        tiny_world.make_world(home, base, seeds, LAYERS)
+    for share, seed in itertools.product(NUISANCE, seeds):
+        folder = home / f"nuisance-{share}-{seed}"
+        if not (folder / "text.txt").exists():
+            tiny_world.write_split(tiny_world.tiny_world(base), folder, seed, float(share))
+    if not (home / "described.json").exists():
+        data.write_json(home / "described.json", describe(home))
 
-def small_table(variants):
-    """An ablation as Markdown: tuned and gentle, intervals over seeds within these bases (too few bases for more)."""
-    lines = [f"| variant | tuned: {' | '.join(SHOWN)} | gentle: balance |", "| --- |" + " --- |" * 6]
-    for label, rows in variants.items():
-        tuned, gentle = (list(train.pick(rows, b).values()) for b in ("tuned", "gentle"))
-        within = lambda f, rs: train.t_interval([[f(r) for r in rs]])
-        lines.append(f"| {label} | {' | '.join(show(within(f, tuned)) for f in SHOWN.values())} | {show(within(train.balance, gentle))} |")
-    return lines + ["", reading(variants)]
+@torch.no_grad()
+def describe(home):
+    """What model and SAE know of harm before alignment; the harm direction; style features."""
+    made, model = data.read_json(home / "world.json"), model_gemma.load_gemma(home)
+    world, sae = tiny_world.tiny_world(made["seed"]), sae_module.load_sae(home / "sae", LAYER, "256")
+    asked = tiny_world.all_requests(world, np.arange(len(world.topic)))
+    prompts = [row["prompt_ids"] for row in data.encode(world.tok, asked, "tiny")[0]]  # of one length
+    h = model.residuals(data.pad(prompts)[0], [LAYER])[LAYER][:, -3:]  # (n, 3, D): object, ?, <model>
+    harmful = np.array([ex["label"] == "harmful" for ex in asked])
+    hey = np.array([ex["id"].startswith("hey") for ex in asked])
+    seen = world.topic[[int(ex["id"].split("-")[2]) for ex in asked]] < 4  # the probe's topics
+    x = h[:, 1].double() - h[seen, 1].double().mean(0)
+    gram = x[seen].T @ x[seen]
+    ridge = .01 * gram.trace() / len(gram) * torch.eye(len(gram))
+    probe = torch.linalg.solve(gram + ridge, x[seen].T @ torch.tensor(harmful[seen] * 2. - 1))
+    acts = sae.encode(h).mean(1).numpy().T  # (N, n)
+    of_harm, of_style = (np.array([abs(auc(a, what) - .5) for a in acts]) for what in (harmful, hey))
+    harm, best = F.normalize(h[harmful].mean((0, 1)) - h[~harmful].mean((0, 1)), dim=0), int(of_harm.argmax())
+    return {"probe AUC": auc((x @ probe)[~seen], harmful[~seen]), "best feature's AUC": .5 + of_harm[best],
+            "its cosine with harm": abs(float(sae.W_dec[best] @ harm)), "FVE": made["sae"][str(LAYER)]["fve"],
+            "harm": harm.tolist(), "style": np.flatnonzero(of_style > of_harm).tolist()}
 
-def reading(variants):
-    """One sentence: what differs from what it is to be compared with, on the same base and seed, by more than its interval.
+def harm_inside(run, harm):
+    """Share of the harm direction (D,) inside a run's start, 0 to 1; None without a subspace."""
+    path = Path(run.out) / "subspace.safetensors"
+    if not path.exists():
+        return None
+    filler = torch.Generator().manual_seed(run.seed + 1)  # as lora.init_sails fills up to rank r
+    start = lora.fit_to_rank(load_file(path)[f"V.{LAYER}"], run.r, filler)
+    return sails.captured(start, torch.tensor(harm)[:, None])
 
-    SAILS as it is by default is the measure of its variants, SAILS at the same level that of other methods.
-    """
-    plain = [label for label, rows in variants.items() if all(rows[0].get(k, v) == v for k, v in train.CELL.items() if k not in ("base", "seed", "lr"))]
-    usual, said = (plain or list(variants))[0], []
-    for label in variants:
-        method, _, rest = label.partition(", ")
-        other = f"sails, {rest}" if method != "sails" and f"sails, {rest}" in variants else usual
-        if label == other:
-            continue
-        found = []
-        for budget, shown in (("tuned", SHOWN), ("gentle", {"balance": train.balance})):
-            a, b = ({(base, seed): r for (_, base, seed), r in train.pick(variants[x], budget).items()} for x in (label, other))
-            for name, f in shown.items():
-                mean, half = train.t_interval([[100 * (f(a[k]) - f(b[k])) for k in sorted(a)]])
-                if abs(mean) > half:
-                    found.append(f"{budget} {name} {mean:+.1f} ± {half:.1f}")
-        if found:
-            said.append(f"{label} against {other}: {', '.join(found)}")
-    return "Differs: " + ("; ".join(said) or "nothing") + "."
+def base_table(args, runs):
+    """A row a base: what is known of harm before alignment, how much of it is in each start."""
+    rows = {}
+    for base in args.bases:
+        known = data.read_json(args.out / f"world-{base}" / "described.json")
+        rows[str(base)] = {k: x for k, x in known.items() if k not in ("harm", "style")}
+        for method, found in runs.items():
+            shares = [harm_inside(r, known["harm"]) for (b, _, _), r in found.items() if b == base]
+            rows[str(base)][f"harm in {method}"] = None if None in shares else float(np.mean(shares))
+    return evaluation.markdown("base", rows)
 
-def every_rate(variants):
-    """OOD balance of each method at each rate of its grid and at the one that behaves best on validation, and SAILS's lead there."""
-    def at(m, i):
-        if i == "behaviour":                           # highest balance on validation requests; of equal ones the least loss
-            return train.pick([dict(r, validation_loss=(-r["validate"]["balance"], r["validation_loss"])) for r in variants[m]], "tuned")
-        return {(m, r["base"], r["seed"]): r for r in variants[m] if r["lr"] == grid(m)[i]}
-    lines = ["| method | " + " | ".join(f"{name}: balance | sails less this" for name in ("low", "middle", "high", "best behaviour on validation")) + " |", "| --- |" + " --- |" * 8]
-    for m in variants:
-        part = []
-        for i in (0, 1, 2, "behaviour"):
-            both = {**at("sails", i), **at(m, i)}
-            part.append(("" if i == "behaviour" else f"{grid(m)[i]:g}: ") + show(train.t_interval(train.grouped(both, m, train.balance))))
-            part.append("-" if m == "sails" else "{:+.1f} ± {:.1f}".format(*train.t_interval(train.paired(both, "sails", m, train.balance))))
-        lines.append(f"| {m} | {' | '.join(part)} |")
-    return lines
+# ---- the report ----
+def flat(r):
+    """results.json with the columns beside its other keys; nan where no reply could be judged."""
+    found = train.headline(r) | {"look-alike balance": r["sets"]["lookalike"]["balance"]}
+    return r | {c: float("nan") if found.get(c) is None else train.mean(found[c]) for c in COLUMNS}
 
-def unrefused(rows):
-    """How many of the rates picked by validation loss leave most of the harmful validation requests answered."""
-    return sum(r["validate"]["safe"] < .5 for r in train.pick(rows, "tuned").values())
+def table(variants, how):
+    """A row a variant at one rate a base: every measure, the gap to its reference, its rates."""
+    picked, rows = {label: pick(found, how) for label, found in variants.items()}, {}
+    for label, mine in picked.items():
+        rows[label], other = {c: column(mine, c) for c in COLUMNS}, reference(label, variants)
+        gap = "{:+.1f} ± {:.1f}".format(*paired(mine, picked[other], "balance")) if other else "-"
+        rows[label] |= {"balance, points over reference": gap}
+        if how == "tuned":
+            rows[label] |= {"balance at the lowest rate": column(pick(variants[label], 0), "balance"),
+                            "rates of bases": rate_counts(variants[label], mine)}
+        rows[label] |= dict(parameters=next(iter(mine.values()))["parameters"])
+    return evaluation.markdown("unseen topics", rows)
 
-def pattern(done):
-    """The paper's pattern, asked of every variant of SAILS in the study: tuned means over its runs."""
-    full = float(np.mean([r["ood"]["safe"] for r in train.pick(done["main"]["full"], "tuned").values()]))
-    passed = {}
-    for section, variants in done.items():
-        for label, rows in variants.items():
-            if rows[0]["method"] == "sails" and section != "budget":
-                r = {name: float(np.mean([f(x) for x in train.pick(rows, "tuned").values()])) for name, f in SHOWN.items()}
-                passed[f"{section}: {label}"] = (r["OOD safe"] >= .99, r["over-refusal"] <= .02, min(r["facts"], r["commentary"]) >= .98, r["OOD safe"] >= full + .07)
-    asked = ("OOD safe at least .99", "over-refusal at most .02", "facts and commentary at least .98 (the base has 1)", f"OOD safe 7 points over full's {full:.3f}")
-    lines = ["## The paper's pattern", "", f"Of {len(passed)} tuned variants of SAILS, those whose means reach", ""]
-    for i, what in enumerate(asked):
-        names = [n for n, p in passed.items() if p[i]]
-        lines.append(f"- {what}: {len(names)}" + (f" ({'; '.join(names)})" if 0 < len(names) <= 12 else ""))
-    names = [n for n, p in passed.items() if all(p[:3])]
-    return lines + [f"- the first three at once: {len(names)}" + (f" ({'; '.join(names)})" if names else ""), ""]
+def comparison(variants):
+    """Lines on methods side by side: tuned, then at each rate of the grid."""
+    out = []
+    for how, name in {"tuned": "Tuned", 0: "Lowest rate", 1: "Middle rate", 2: "Highest rate"}.items():
+        picked = {label: pick(found, how) for label, found in variants.items()}
+        out += [f"**{name}**", "", *table(variants, how), ""]
+        if "sails" in picked and len(picked) > 1:
+            ours = picked.pop("sails")
+            leads = {m: paired(ours, mine, "balance") for m, mine in picked.items()}
+            out += [f"{name}, balance: {study.verdict(leads)}", ""]
+    return out
 
-def budget_curve(done, path):
-    """OOD safety and balance at 40, 80, 160, 320 steps, lowest learning rate: Markdown lines, and a figure if matplotlib is there."""
-    curve = {}
-    for label, rows in done.items():
+def budget(variants):
+    """{measure: {method: {steps: mean}}} at the lowest rate."""
+    out = {"safety rate": {}, "balance": {}}
+    for label, found in variants.items():
         method, steps = label.split(", ")
-        curve.setdefault(method, {})[int(steps)] = [float(np.mean([f(r) for r in rows])) for f in (lambda r: r["ood"]["safe"], train.balance)]
-    lines = ["| method | 40 steps | 80 | 160 | 320 |", "| --- |" + " --- |" * 4]
-    lines += [f"| {m} | " + " | ".join(f"{s:.3f} / {b:.3f}" for s, b in points.values()) + " |" for m, points in curve.items()]
-    try:
-        import matplotlib
-    except ImportError:
-        print("no figure: matplotlib is not installed")
-        return lines
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6))
-    for ax, i, title in zip(axes, (0, 1), ("harmful requests refused", "balance (refused and helped)")):
-        for m, points in curve.items():
-            ax.plot(list(points), [p[i] for p in points.values()], marker="o", label=m)
-        ax.set(title=title + ", unseen topics", xlabel="training steps", xscale="log", xticks=list(points), xticklabels=list(points))
-        ax.minorticks_off()
-    axes[1].legend(fontsize=8)
-    fig.tight_layout()
-    fig.savefig(path, dpi=130)
-    return lines
+        for name, curves in out.items():
+            mean, _ = spread({key: r[name] for key, r in pick(found, 0).items()})
+            curves.setdefault(method, {})[int(steps)] = mean
+    return out
 
-def report(done, out, skipped):
-    """results/tiny_study.md from all sections."""
-    bases = {b: json.loads((out / "worlds" / f"base-{b}" / "told.json").read_text()) for b in range(MAIN["bases"])}
-    lines = ["# The tiny world: main table, curve and ablations", "", f"`{shlex.join(['python', 'benchmarks/tiny_study.py', '--out', 'runs/study', *(['--skip', *skipped] if skipped else [])])}`", "",
-             *(["The skipped sections are defined in the script and have not been run.", ""] if skipped else []),
-             f"Main table: {MAIN['bases']} bases x {MAIN['seeds']} alignment seeds, 95 % intervals over the bases' means. OOD: topics never trained on. Tuned: each "
-             "method's learning rate by validation on trained topics; gentle: the lowest of its grid.", "",
-             "| base | probe AUC | best feature's AUC | cosine with harm | SAE FVE | " + " | ".join(f"energy: {m}" for m in METHODS if m not in ("lora", "full")) + " |",
-             "| --- |" + " --- |" * 9]
-    every = sum(done["main"].values(), [])
-    one = lambda m: train.run_cell({k: v for k, v in done["main"][m][0].items() if k in train.CELL}, out / "worlds")["train_seconds"]
-    one(METHODS[0])                                    # a process's first alignment also loads what the others find in memory
-    for m in METHODS:                                  # timed now, one at a time: the study itself may have shared its cores
-        seconds = one(m)
-        for row in done["main"][m]:
-            row["train_seconds"] = seconds
-    for b, t in bases.items():
-        inside = [np.mean([r["harm_energy"] for r in every if r["base"] == b and r["method"] == m]) for m in METHODS if m not in ("lora", "full")]
-        lines.append(f"| {b} | {t['probe_auc']:.3f} | {t['feature_auc']:.3f} | {t['feature_cosine']:.2f} | {t['sae']['fve']:.2f} | " + " | ".join(f"{x:.2f}" for x in inside) + " |")
-    lines += ["", "Energy: share of the harm direction inside each method's start.", "", *train.tables(every, METHODS), ""]
-    lines += ["## Balance at every learning rate, and chosen by behaviour", "", *every_rate(done["main"]), "",
-              f"The last two columns were added after the others were seen. `tuned` above goes by loss; so many of its {MAIN['bases'] * MAIN['seeds']} picks refuse less than half of the "
-              f"harmful requests they were validated on: {', '.join(f'{m} {unrefused(rows)}' for m, rows in done['main'].items())}.", ""]
-    if "budget" in done:
-        lines += [f"## Budget curve: OOD safe / balance at the lowest learning rate ({SMALL['bases']} bases x {SMALL['seeds']} seeds)", "",
-                  *budget_curve(done["budget"], Path("results/tiny_budget.png")), ""]
-    if "all seven" in done:
-        lines += [f"## Adapters on all seven projections ({MAIN['bases']} bases x 3 seeds)", "", *train.tables(sum(done["all seven"].values(), []), METHODS), ""]
-    for objective in (o for o in ("dpo", "rloo") if o in done):
-        lines += [f"## Objective {objective}, after 40 of the 80 steps on sft (3 bases x 8 seeds)", "", *train.tables(sum(done[objective].values(), []), list(done[objective])), ""]
-    lines += [f"# Ablations of SAILS ({SMALL['bases']} bases x {SMALL['seeds']} seeds; intervals over all of these runs)", "",
-              "Below each table: paired differences, in points, whose interval leaves out 0. Of those without a cause one in twenty does so by chance.", ""]
-    for title in (t for t, _ in ABLATIONS if t in done):
-        lines += [f"## {title}", "", *small_table(done[title]), ""]
-    lines += pattern(done)
-    data.write_text("results/tiny_study.md", "\n".join(lines) + "\n")
-
-def again(out, n):
-    """Run one cell of the file a second time; every number must be the same, except times."""
-    row = [r for _, r in data.read_jsonl(out / "cells.jsonl")][n]
-    new = json.loads(json.dumps(train.run_cell({k: row[k] for k in train.CELL if k in row}, out / "worlds")))
-    differ = [k for k in row if "seconds" not in k and row[k] != new[k]]
-    print(f"cell {n}: {row['method']}, base {row['base']}, seed {row['seed']}, lr {row['lr']:g}: " + (f"differs in {differ}" if differ else "reproduced exactly"))
-    return bool(differ)
+def report(args, runs, done):
+    """{file: text} of the report, its CSV and figure, from {section: {label: rows}}."""
+    lines = ["# The tiny world: main table, budget curve, ablations", "", study.command("tiny_study.py"), "",
+             f"Bases {args.bases}, alignment seeds {args.seeds}; small sections take the first three.",
+             "±: 95 % t-interval over bases' means; of fewer than three bases, over the seeds within them.",
+             "Tuned: a base's rate has the best balance on validation prompts, of equal ones the least NLL.",
+             "Reference: SAILS at the same level; of SAILS itself the first row.", "",
+             *base_table(args, runs.get("main", {})), ""]
+    curves, rows = {}, []
+    for title, variants in done.items():
+        lines += [f"## {title}", ""]
+        if title == "budget":
+            curves = budget(variants)
+            for name, of in curves.items():
+                shown = {m: {f"{n} steps": y for n, y in curve.items()} for m, curve in of.items()}
+                lines += [*evaluation.markdown(f"{name}, lowest rate", shown), ""]
+        elif title in ABLATIONS:
+            lines += [*table(variants, "tuned"), "", study.differs(variants, COLUMNS), ""]
+        else:
+            lines += comparison(variants)
+        rows += [dict(section=title, variant=label, **row) for label, found in variants.items()
+                 for row in study.base_means(found, COLUMNS)]
+    files = {"tiny_study.md": "\n".join(lines) + "\n", "tiny_study.csv": study.csv_text(rows)}
+    return files | ({"tiny_budget.svg": study.line_chart(curves, "training steps")} if curves else {})
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ap.add_argument("--out", type=Path, default=Path("runs/study"))
-    ap.add_argument("--jobs", type=int, default=2)
-    ap.add_argument("--skip", nargs="*", default=[], help="sections to leave out: budget, dpo, rloo, or an ablation's title")
-    ap.add_argument("--again", type=int, help="repeat one cell and compare")
+    ap = data.Arguments(description=__doc__.splitlines()[0])
+    a, some = ap.add_argument, data.list_of
+    a("--out", type=Path, default=Path("runs/study"), help="worlds, runs and report")
+    a("--results", type=Path, help="a second folder for the report")
+    a("--bases", type=some(int), default=list(range(8)), help="seeds of the worlds")
+    a("--seeds", type=some(int), default=list(range(8)), help="alignment seeds")
+    a("--methods", type=some(str, METHODS), default=list(METHODS))
+    a("--steps", type=data.at_least(2), default=80, help="of training; the budget has a half to four times")
+    a("--only", nargs="+", metavar="SECTION", help="main, budget, all seven, dpo, rloo, or an ablation")
+    a("--jobs", type=int, default=2)
+    a("--again", type=int, metavar="N", help="repeat one finished run and compare")
     args = ap.parse_args()
-    if args.again is not None:
-        return again(args.out, args.again)
-    s = train.settle(train.parser().parse_args([]), tiny=True)
-    homes = [args.out / "worlds" / f"base-{b}" for b in range(MAIN["bases"])]
+    torch.set_num_threads(1)  # as in the processes of --jobs: numbers depend on it
+    homes = [args.out / f"world-{base}" for base in args.bases]
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
-        list(pool.map(train.make_world, homes, range(len(homes)), [s] * len(homes), [(0, 1, 2, 3)] * len(homes)))
-    for home in homes:
-        if not (home / "told.json").exists():
-            data.write_json(home / "told.json", train.describe_world(home))
-    done = {}
-    for section, variants in plan().items():
-        if section in args.skip:
-            continue
-        print(f"{section}: {sum(map(len, variants.values()))} cells", flush=True)
-        rows = train.run_cells(sum(variants.values(), []), args.out / "worlds", args.out / "cells.jsonl", args.jobs)
-        at = np.cumsum([0, *map(len, variants.values())])
-        done[section] = {label: rows[a:b] for label, a, b in zip(variants, at, at[1:])}
-    report(done, args.out, args.skip)
+        make = map if args.jobs == 1 else pool.map
+        list(make(make_base, homes, args.bases, [args.seeds] * len(homes)))
+    runs = plan(args)
+    found = [found for variants in runs.values() for found in variants.values()]
+    every = study.ordered([r for of in found for r in of.values()])
+    if args.again is not None:
+        return study.again(every[args.again])
+    study.do(args.jobs, every)
+    rows = lambda found: {key: flat(r) for key, r in study.results(found).items()}
+    done = {title: {label: rows(f) for label, f in variants.items()} for title, variants in runs.items()}
+    study.write_files([args.out, args.results or args.out], report(args, runs, done))
 
 if __name__ == "__main__":
     data.run_main(main)

@@ -1,4 +1,8 @@
 """What several test files share: a tiny random Gemma, an SAE for it, preference data, in the hub's layout."""
+import contextlib
+import io
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +13,10 @@ import torch
 TOP = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TOP), str(TOP / "tests")]
 import data
+import lora
 import model_gemma
 import sae as sae_module
+import train
 from benchmarks import tiny_world
 
 # heads * head_dim != D, fewer key/value heads: no factor fits in a wrong place; 381: the tiny world's words
@@ -18,7 +24,7 @@ RAW = dict(model_type="gemma2", vocab_size=381, hidden_size=24, intermediate_siz
            num_attention_heads=4, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=12,
            sliding_window=8, bos_token_id=2, eos_token_id=1, pad_token_id=0)
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")         # of the session: fixtures of modules come before tests
 def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                           # with tensors this small threads wait for each other
@@ -40,6 +46,52 @@ def random_sae(seed=0, D=24, N=40, threshold=.1):
     W = torch.nn.functional.normalize(torch.randn(N, D, generator=gen), dim=1)
     b_enc, b_dec = .1 * torch.randn(N, generator=gen), .1 * torch.randn(D, generator=gen)
     return sae_module.JumpReLUSAE(W.T.clone(), W, b_enc, b_dec, torch.full((N,), threshold))
+
+QUICK = ("--layers 0,1 --width 40 --k 6 --tau 1 --rank 4 --steps 4 --batch 8 --micro 3 --warmup 2 --lr 1e-2 "
+         "--contrast-pairs 16 --max-new 6 --device cpu")
+FIT = "--sae fit --fit-width 32 --fit-active 4 --fit-tokens 400 --fit-steps 20 --k 4"
+
+def command(home, out, more="", paths="model sae data"):
+    """train.py's arguments for a quick run on the folders of `home`; of two values the last counts."""
+    places = " ".join(f"--{key} {vars(home)[key]}" for key in paths.split())
+    return f"{places} --out {out} {QUICK} {more}".split()
+
+def go(args, main=train.main):
+    """Run a script's main in this process as if in one of its own: (exit code, stdout, stderr)."""
+    train._kept.clear()
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(sys, "argv", ["script", *map(str, args)])
+        with contextlib.redirect_stderr(err), pytest.raises(SystemExit) as e:
+            data.run_main(main)
+    return e.value.code or 0, out.getvalue(), err.getvalue()
+
+def start(args, cwd, *launcher):
+    """train.py in a process of its own."""
+    env = dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", GLOO_SOCKET_IFNAME="lo", CUDA_VISIBLE_DEVICES="")
+    return subprocess.Popen([sys.executable, *launcher, f"{TOP}/train.py", *args], cwd=cwd, text=True,
+                            env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+def trained(home, out, more=""):
+    """A run by the command: its folder, what it printed, what align got and made of the weights."""
+    seen, align = SimpleNamespace(out=out), train.align
+    weights = lambda model: {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    def watched(model, rows, *rest):
+        seen.start, seen.trains = weights(model), {n for n, _ in lora.trainable(model)}
+        align(model, rows, *rest)
+        seen.end, seen.rows, seen.sets = weights(model), rows, train._kept["sets"][1]
+        seen.checkpointing = model.checkpointing
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "align", watched)
+        patch.setattr(train, "judge_reward", parity)
+        code, seen.said, err = go(command(home, out, more))
+    assert code == 0, err
+    return seen
+
+def parity(tok, stop):
+    """A reward in place of the judge's: a random model never refuses."""
+    return lambda row, ids: float(ids[0] % 2)
 
 def write_pairs(path, examples):
     """Examples as read_pairs gives them -> a JSONL file that it reads."""

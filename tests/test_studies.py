@@ -1,82 +1,110 @@
-"""The studies' own statistics on data whose truth is known: benchmarks/tiny_study.py and benchmarks/real_study.py."""
+"""The studies: their intervals on data whose truth is known, and each of them from end to end."""
 import sys
 
 import numpy as np
 import pytest
+import torch
+from conftest import random_gemma, random_sae
+from safetensors.torch import load_file
 
-from conftest import TOP
+import data
+import model_gemma
+import sae as sae_module
+from benchmarks import real_study, study, tiny_study, tiny_world
 
-sys.path.insert(0, str(TOP / "benchmarks"))
-import real_study
-import tiny_study
+def keyed(table):  # rows are bases, columns seeds
+    return {(b, s): x for b, row in enumerate(table) for s, x in enumerate(row)}
 
-def replies(rng, draws, n=200, seeds=1, gap=.02, between=0.):
-    """Test scores of two methods (draws, seeds, n, 4) whose NLL per token differ by `gap`: per-reply noise that both share
-    over seeds, replies of 5 to 60 tokens, a shift per seed."""
-    tokens = rng.integers(5, 60, (draws, 1, n)) * np.ones((1, seeds, 1))
-    per_reply = gap + .1 * rng.standard_normal((draws, 1, n)) + between * rng.standard_normal((draws, seeds, 1))
-    ours = -2.3 * tokens
-    make = lambda lp: np.stack([lp, tokens, lp, tokens], -1)
-    return make(ours), make(ours - per_reply * tokens)
+@pytest.mark.parametrize("bases, seeds, between", ((8, 8, 1), (3, 8, .3), (8, 3, 0), (1, 8, 2), (2, 8, 2)))
+def test_intervals_over_bases_cover_the_truth_95_times_in_100(bases, seeds, between):
+    rng, fixed = np.random.default_rng([bases, seeds]), bases < 3  # few: a statement about these bases
+    shift = between * rng.standard_normal((1 if fixed else 1000, bases, 1))
+    found = [study.spread(keyed(x)) for x in shift + rng.standard_normal((1000, bases, seeds))]
+    assert .93 < np.mean([abs(mean - shift.mean() * fixed) <= half for mean, half in found]) < .97
 
-def covered(intervals, truth):
-    return np.mean([abs(mean - truth) <= half for mean, half in intervals])
+def test_intervals_equal_the_textbook_and_one_value_has_none():
+    assert data.t_interval([1, 2, 3]) == pytest.approx((2, 4.303 / 3 ** .5))
+    assert study.spread(keyed([[1, 3], [2, 2], [6, 10]])) == pytest.approx((4, 4.303 * 12 ** .5 / 3 ** .5))
+    assert study.spread(keyed([[1, 3], [5, 9]])) == pytest.approx((4.5, 4.303 * (10 / 2 / 4) ** .5))  # 2 df
+    assert np.isnan(study.spread(keyed([[5.]]))[1])
 
-def test_the_interval_of_nats_per_token_covers_the_truth_95_times_in_100():
-    ours, theirs = replies(np.random.default_rng(0), 2000)
-    gaps = ours[:, 0, :, 0] - theirs[:, 0, :, 0]
-    assert .93 < covered([real_study.per_token(g, t) for g, t in zip(gaps, ours[:, 0, :, 1])], .02) < .97
+@pytest.mark.parametrize("seeds, between", ((1, 0.), (3, .02)))
+def test_intervals_of_nll_count_replies_and_seeds(seeds, between):
+    rng, found = np.random.default_rng(1), []
+    for _ in range(1000):
+        tokens = rng.integers(5, 60, 200) * np.ones((seeds, 1))
+        worse = .02 + .1 * rng.standard_normal(200) + between * rng.standard_normal((seeds, 1))
+        ours, theirs = (np.stack([lp, tokens], -1) for lp in (-2.3 * tokens, -(2.3 + worse) * tokens))
+        found.append(study.paired_nll(ours, theirs))
+    assert .93 < np.mean([abs(mean - .02) <= half for mean, half in found]) < .98
 
-@pytest.mark.parametrize("between, least, most", ((.02, .93, .98), (0., .93, 1.)))
-def test_a_paired_difference_counts_replies_and_seeds(between, least, most):
-    """Where seeds do not differ it is wider than need be, never narrower."""
-    ours, theirs = replies(np.random.default_rng(1), 2000, seeds=3, between=between)
-    found = [real_study.paired(a, b) for a, b in zip(ours, theirs)]
-    assert least < covered(found, .02) <= most
-    if between:                                        # counting replies alone would be too sure of itself
-        alone = [real_study.per_token((a - b)[..., 0].mean(0), a[0, :, 1]) for a, b in zip(ours, theirs)]
-        assert covered(alone, .02) < .8
+def test_auc_is_the_share_of_pairs_in_the_right_order_ties_counted_half():
+    rng = np.random.default_rng(0)
+    scores, positive = rng.integers(0, 5, 40).astype(float), rng.random(40) < .4
+    pairs = [(a > b) + .5 * (a == b) for a in scores[positive] for b in scores[~positive]]
+    assert study.auc(scores, positive) == pytest.approx(np.mean(pairs))
 
-def test_a_paired_difference_is_positive_where_the_other_is_worse():
-    ours, theirs = replies(np.random.default_rng(2), 1, seeds=3, gap=.5)
-    assert real_study.paired(ours[0], theirs[0])[0] > .4 and real_study.paired(theirs[0], ours[0])[0] < -.4
+def rows(shift, method="sails"):  # validation prefers the second rate in base 0, the first in base 1
+    return {(b, s, lr): dict(method=method, lr=lr, balance=.5 + .1 * b + .01 * s + shift * (lr == .003),
+                             validation=dict(balance=(.5, None)[b], NLL=1. + (lr == .003) * (2 * b - 1)))
+            for b in (0, 1) for s in (0, 1) for lr in (.001, .003)}
 
-def test_margins_at_equal_nll_are_read_between_the_base_and_the_best_rate():
-    points = [(2.5, 0.), (2.4, .02), (2.3, .06), (2.36, .2)]           # the base, then rising rates; the last one overshoots
-    assert real_study.margin_at(points, 2.35) == pytest.approx(.04)
-    assert real_study.margin_at(points, 2.3) == pytest.approx(.06)
+def test_rates_are_chosen_within_a_base_by_validation_and_the_csv_holds_every_rate():
+    picked = study.pick(rows(.2), "tuned")
+    assert [r["lr"] for r in picked.values()] == [.003, .003, .001, .001]
+    assert study.rate_counts(rows(.2), picked) == "0.001 x1, 0.003 x1 (edge)"
+    found = study.csv_text(list(study.base_means(rows(.2), ["balance"]))).splitlines()
+    assert len(found) == 5 and found[2] == "sails,0.003,0,2,0.5,0.0,0.705"
 
-def test_margins_count_nats_per_token_beyond_the_base():
-    base = np.array([[-20., 10., -30., 10.]])
-    assert real_study.margins(np.array([[-15., 10., -29., 10.]]), base) == pytest.approx([.4])
+def test_differences_are_paired_by_base_and_seed_and_named_only_beyond_their_interval():
+    assert study.paired(*(study.pick(rows(x), 1) for x in (.2, .1)), "balance") == pytest.approx((10, 0))
+    said = study.differs({"sails, a": rows(0), "lora, a": rows(.1, "lora"), "sails, b": rows(0)}, ["balance"])
+    assert "lora, a balance tuned +5.0" in said and "sails, b" not in said
+    assert study.verdict(dict(lora=(2, 1), full=(-2, 1))) == "SAILS is ahead of lora; is behind full."
 
-def test_dpo_is_validated_against_the_base_and_sft_by_nll_alone():
-    then, now = np.array([[-20., 10., -19., 10.]] * 2), np.array([[-18., 10., -21., 10.]] * 2)
-    assert real_study.validation(now, then, "sft") == pytest.approx(1.8)
-    assert real_study.validation(now, then, "dpo") == pytest.approx(np.log1p(np.exp(-.1 * 4)))
+def run(monkeypatch, script, words):
+    monkeypatch.setattr(sys, "argv", [script.__file__, *words.split()])
+    return script.main()
 
-def test_the_look_alikes_are_pairs_and_the_contrast_never_sees_a_scored_one():
-    rows = real_study.evaluation.read_prompts([TOP / "benchmarks" / "lookalikes.jsonl"])
-    assert [r["label"] for r in rows] == ["benign", "harmful"] * 80
-    assert len({r["turns"][0]["content"] for r in rows}) == 160
-    assert len(rows[2 * real_study.FIRST:]) == 100
+def test_the_tiny_study_reports_what_its_folders_hold_and_skips_them(world, tmp_path, monkeypatch):
+    home, split, model = tmp_path / "world-0", tiny_world.world_split, random_gemma(**tiny_world.TINY_MODEL)
+    model_gemma.save_gemma(model, home)  # in place of a trained one
+    world.tok.save(str(home / "tokenizer.json"))
+    sae_module.save_sae(random_sae(D=64, N=256), home / "sae", tiny_study.LAYER, 20)
+    data.write_json(home / "world.json", dict(seed=0, parameters=1, sae={i: dict(fve=1, l0=9) for i in "23"}))
+    monkeypatch.setattr(tiny_world, "world_split", lambda *args: {  # few prompts
+        part: x if part in ("train", "topics") else x[::8] for part, x in split(*args).items()})
+    words = f"--out {tmp_path} --only main --methods sails,lora --bases 0 --seeds 0,1 --steps 2 --jobs 1"
+    run(monkeypatch, tiny_study, words)
+    folders = [tmp_path / "base-0" / "default" / f"sails-lr0.01-seed{seed}" for seed in (0, 1)]
+    nll = [data.read_json(f / "results.json")["validation"]["NLL"] for f in folders]
+    table = [line.split(",") for line in (tmp_path / "tiny_study.csv").read_text().splitlines()]
+    assert [row[7] for row in table if row[2:4] == ["sails", "0.01"]] == [str(round(np.mean(nll), 9))]
+    harm = torch.tensor(data.read_json(home / "described.json")["harm"])
+    asked, _ = data.encode(world.tok, tiny_world.all_requests(world, range(192)), "tiny")
+    h = model.residuals(torch.tensor([r["prompt_ids"] for r in asked]), [2])[2][:, -3:].mean(1)
+    sign = torch.tensor([(-1., 1.)[r["label"] == "harmful"] for r in asked])  # as many of either
+    assert torch.cosine_similarity(sign @ h, harm, dim=0) > .999
+    inside = [float((load_file(f / "subspace.safetensors")["V.2"].T @ harm).square().sum()) for f in folders]
+    assert f"| {np.mean(inside):.3f} |" in (tmp_path / "tiny_study.md").read_text()  # k = r: no random fill
+    monkeypatch.setattr("train.align", lambda *args: pytest.fail("a finished run was done again"))
+    run(monkeypatch, tiny_study, words)
 
-def variant(shift, noise, method="sails"):
-    """Three bases x three seeds x two rates; validation prefers the second, where balance is higher by `shift`."""
-    rng, rows = np.random.default_rng(3), []
-    for base in range(3):
-        for seed in range(3):
-            for lr, loss in ((1e-3, .9), (3e-3, .2)):
-                safe = .5 + .1 * base + shift * (lr == 3e-3) + noise * rng.standard_normal() * (lr == 3e-3)
-                rows.append(dict(method=method, base=base, seed=seed, lr=lr, validation_loss=loss, ood=dict(safe=safe, over=0., balance=safe), facts=1., commentary=1.))
-    return rows
-
-def test_a_reading_names_only_what_is_outside_its_interval_and_pairs_equal_bases_and_seeds():
-    said = tiny_study.reading({"plain": variant(0, .001), "better": variant(.1, .001), "noisy": variant(.02, .2)})
-    assert "better against plain: tuned OOD safe +10." in said and "tuned balance +10." in said
-    assert "noisy" not in said and "gentle" not in said and "facts" not in said
-
-def test_a_reading_compares_other_methods_with_sails_at_the_same_level():
-    said = tiny_study.reading({"sails, a": variant(0, .001), "lora, a": variant(-.1, .001, "lora"), "sails, b": variant(.2, .001), "lora, b": variant(.3, .001, "lora")})
-    assert "lora, a against sails, a: tuned OOD safe -10." in said and "lora, b against sails, b: tuned OOD safe +10." in said
-    assert "sails, b against sails, a: tuned OOD safe +20." in said
+def test_the_real_study_reports_what_its_folders_hold_and_repeats_a_run(home, tmp_path, monkeypatch):
+    words = (f"--model {home.model} --data {home.data} --out {tmp_path} --methods sails,raw-pca --seeds 0,1 "
+             "--objectives dpo --jobs 1 --steps 2 --max-new 2 --layers 1 --k 4 --fit-width 48 --fit-steps 5")
+    run(monkeypatch, real_study, words)
+    final = sorted((tmp_path / "dpo-final").glob("sails-*"))
+    scores = [np.array([r["chosen"] for _, r in data.read_rows(f / "heldout-test.jsonl")]) for f in final]
+    nll, report = [-sum(x[:, 0]) / sum(x[:, 1]) for x in scores], (tmp_path / "real_study.md").read_text()
+    measured = [data.read_json(f / "results.json")["NLL of chosen, nats per token"][0] for f in final]
+    assert nll == pytest.approx(measured, abs=1e-6) and f"| {np.std(nll, ddof=1):.4f} |" in report
+    assert f"| {np.mean(nll):.4f} ±" in report and "of them inside raw-pca's" in report
+    ids = lambda file: {r["id"].split("/")[-1] for _, r in data.read_rows(file)}
+    kept, asked = ids(tmp_path / "contrast.jsonl"), ids(final[0] / "responses.jsonl")
+    assert len(kept) == 60 and len(asked) >= 100 and not kept & asked
+    assert len(list(tmp_path.rglob("layer_1"))) == 1  # all share one SAE
+    assert run(monkeypatch, real_study, words + " --again 1") == 0
+    for path in tmp_path.glob("dpo*/*/results.json"):
+        data.write_json(path, data.read_json(path) | dict(parameters=0))
+    assert run(monkeypatch, real_study, words + " --again 1") == 1
