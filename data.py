@@ -383,7 +383,7 @@ def read_pairs(path):
     {"chosen", "rejected"}            HH-RLHF: two whole dialogues that share all but the last reply
     {"prompt", "chosen", "rejected"}  prompt is a text or a list of turns
     {"prompt", "response"}            no rejected reply: for plain fine-tuning
-    Any row may have "label" ("harmful" | "benign") and "id". An example: id, turns, chosen, rejected, label."""
+    Any row may have "label" ("harmful" | "benign") and "id". Examples: id, turns, chosen, rejected, label."""
     examples, dropped = [], Counter()
     for n, row in read_rows(path):
         with expecting(f"{path} line {n}", UserError):

@@ -200,7 +200,7 @@ def rates_table(grid, base):
     return [*evaluation.markdown("validation", rows), ""]
 
 def variants_table(variants, base):
-    """Markdown lines of {label: {(seed, rate): run}}: each at its best rate, against its reference."""
+    """Markdown lines: each of {label: {(seed, rate): run}} at its best, against its reference."""
     best = {label: min(runs.values(), key=lambda r: validation(r, base)) for label, runs in variants.items()}
     tests, rows = {label: scores(r, "test")[None] for label, r in best.items()}, {}
     for label, r in best.items():
@@ -270,7 +270,7 @@ def do_stages(args, base):
     wanted = "sails" in args.methods and "sft" in args.objectives and not args.no_variants
     for label, options in VARIANTS.items() if wanted else ():
         folder, rates = re.sub(r"\W+", "-", label), RATES["sft"][1:2] if options == LONG else RATES["sft"][:3]
-        stages["variants", "sails, as it is"] = stages["sft grid", "sails"]
+        stages["variants", "sails, as it is"] = dict(list(stages["sft grid", "sails"].items())[:3])
         stages["variants", label] = runs_of(args, folder, label.split(",")[0], rates, args.seeds[:1], options)
     flat = lambda: study.ordered([r for runs in stages.values() for r in runs.values()])
     study.do(args.jobs, flat())

@@ -28,7 +28,7 @@ def combine(argv, folder):
     return train.combinations(s, Path(folder))
 
 def ordered(runs):
-    """Different runs, those that share a model and data one after the other: they are loaded once."""
+    """Different runs; those that share model and data are neighbours, so these load once."""
     return sorted({r.out: r for r in runs}.values(), key=lambda r: (r.model, r.data, r.out))
 
 def do(jobs, runs):
@@ -172,7 +172,7 @@ def per_token(total, tokens):
     return float(mean), float(1.96 * squares ** .5 / tokens.sum())
 
 def with_seeds(mean, half, seeds):
-    """(mean, half-width) that counts the spread over seeds, Student's t, beside that over replies."""
+    """(mean, half-width) that counts the spread over seeds beside that over replies."""
     return float(mean), float(np.hypot(half, data.t_interval(seeds)[1] if len(seeds) > 1 else 0))
 
 def over_pairs(x):
@@ -186,7 +186,7 @@ def dpo_losses(now, then, beta):
     return np.logaddexp(0, -beta * (gain[..., 0] - gain[..., 2]))
 
 def paired_nll(ours, theirs):
-    """(their NLL less ours in nats per token, half-width) of scores (seeds, n, 4) on the same pairs."""
+    """(their NLL less ours per token, half-width) of scores (seeds, n, 4) on the same pairs."""
     gaps, tokens = ours[..., 0] - theirs[..., 0], ours[0, :, 1]
     return with_seeds(*per_token(gaps.mean(0), tokens), gaps.sum(1) / tokens.sum())
 
@@ -196,7 +196,7 @@ def margins(test, base):
     return gain[..., 0] / test[..., 1] - gain[..., 2] / test[..., 3]
 
 def line_chart(panels, xlabel):
-    """An SVG of {title: {name: {x: y}}}: a panel a title, y from 0 to 1, the x equally far apart."""
+    """An SVG of {title: {name: {x: y}}}: a panel a title, y from 0 to 1, x equally spaced."""
     out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 330" font-family="Arial, sans-serif">',
            '<rect width="920" height="330" rx="14" fill="white"/>']
     at_y = lambda y: 275 - 220 * y

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import data
-import make_golden
+from benchmarks import make_golden
 from model_gemma import attend_mask, config_from_json, load_gemma, rope_table
 
 both = pytest.mark.parametrize("kind", ("gemma2", "gemma3"))

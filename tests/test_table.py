@@ -111,7 +111,7 @@ def result(method, lr, seed, balance=.5, chosen=.5, nll=1.):
     sets = {"unseen": {"safety rate": [balance - .2, 0, 1], "help": [.25, 0, 1], "balance": balance},
             "lookalike": {"safety rate": [.9, 0, 1], "balance": 1 - balance}}
     return {"method": method, "lr": lr, "seed": seed, "parameters": 9, "sets": sets,
-            "validation": dict(balance=chosen, NLL=nll), evaluation.NLL: [nll / 9, 0, 10]}
+            "validation": dict(balance=chosen, NLL=nll), evaluation.NLL: [10 - nll, 0, 10]}
 
 @pytest.mark.parametrize("one, other, better", (
     ([(.9, .6)], [(.1, .7)], 1),                       # validation's balance, not the test's
@@ -153,9 +153,9 @@ def test_without_labelled_prompts_the_lower_nll_picks_and_wins():
         r["sets"] = {}
         del r["validation"]["balance"]
     lines = train.table(rows)
-    assert lines[2] == "| sails, lr 0.01 | 0.078 ± 0.028 | 9 |"
+    assert lines[2] == "| sails, lr 0.01 | 9.300 ± 0.248 | 9 |"
     assert "Rate: the best mean validation NLL." in lines[7]
-    assert lines[9].endswith("SAILS is ahead of full, cannot be told from lora, is behind random.")
+    assert lines[9].endswith("SAILS is ahead of random, cannot be told from lora, is behind full.")
 
 def test_a_table_of_one_seed_shows_intervals_over_prompts_and_concludes_nothing():
     lines = train.table([r for r in by_hand() if r["seed"] == 0])

@@ -1,6 +1,6 @@
-"""Write golden_gemma2.safetensors and golden_gemma3.safetensors, with transformers as the oracle.
+"""make_golden.py - write tests/golden_gemma2.safetensors and _gemma3, with transformers as the oracle.
 
-    pip install -r requirements.txt -r tests/requirements.txt && python tests/make_golden.py
+    pip install -r requirements.txt -r tests/requirements.txt && python benchmarks/make_golden.py
 
 A file holds a tiny random model and what transformers' eager attention makes of two padded rows, so that the
 parity tests run without transformers. The configuration makes every usual mistake show: weights of standard
@@ -75,8 +75,9 @@ def main():
                     walk = walk if side == "right" else {"logits": walk["logits"]}
                     tensors |= {f"{dtype}.{side}.{name}": t.contiguous() for name, t in walk.items()}
         meta = dict(config=config, transformers=transformers.__version__, torch=torch.__version__,
-                    cpu=torch.backends.cpu.get_cpu_capability(), made_by="tests/make_golden.py")
-        save_file(tensors, Path(__file__).parent / f"golden_{kind}.safetensors", metadata=meta)
+                    cpu=torch.backends.cpu.get_cpu_capability(), made_by="benchmarks/make_golden.py")
+        file = Path(__file__).resolve().parent.parent / "tests" / f"golden_{kind}.safetensors"
+        save_file(tensors, file, metadata=meta)
 
 if __name__ == "__main__":
     main()
