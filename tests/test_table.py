@@ -69,6 +69,7 @@ OPTIONS = {  # what differs: options, each after the ones that it needs
         --objective rloo : --beta 3; --text TEXT : --replay .5; --text TEXT --replay .5 : --replay 2
         --method full : --full-lr 1e-3; --method full : --objective rloo""",
     "end trained": "--freeze-basis",
+    "end replies": "--objective rloo : --max-new 3",
     "replies": "--test TEST; --max-new 3",
     "memory": "--checkpointing",
     "": "--micro 8; --save-every 2; --text TEXT"}
