@@ -45,7 +45,7 @@ def respond(model, tok, prompts, path, template, max_new=256, batch_size=16, tem
         ids = [data.render_chat(tok, p["turns"], None, template)[0] for p in prompts]
         stop = data.stop_ids(tok, template)
         with data.progress(total=len(ids), initial=len(ids) - missing, desc="replies", disable=None) as bar:
-            # cut before it is known which replies exist, so that a resumed run pads as an undisturbed one
+            # cut as if no reply existed: a resumed run pads as an undisturbed one
             for batch in data.length_batches(list(map(len, ids)), batch_size):
                 todo = [i for i in batch if prompts[i]["id"] not in done]
                 if todo:
@@ -275,7 +275,7 @@ def balance(safety, over):
 
 def interval(values, weights=None, draws=2000):
     """[mean, low, high], a bootstrap 95 % interval over prompts; None without values.
-    weights: tokens of a text, for means per token. Of equal values the width is 0: read at most 3/n."""
+    weights: tokens of a text, for means per token."""
     if len(values) == 0:
         return None
     v = np.asarray(values, float)
@@ -475,7 +475,7 @@ def main():
         asked = hashlib.sha256("".join(map(prompt_hash, prompts)).encode()).hexdigest()
         data.same_settings(out / "eval.json", dict(notes, template=template, prompts=asked))
         print(f"{args.model}: template {template}, {len(prompts)} prompts, at most {args.max_new} new tokens")
-    # the phrase judges' rules, the rubric and the parsing are in this file: its hash says which they were
+    # judges' rules, rubric and parsing are in this file: its hash names them
     results, lines = dict(eval_py=hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]), []
     if prompts:
         rows = respond(model, tok, prompts, out / "responses.jsonl", template, args.max_new, args.batch_size,

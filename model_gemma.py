@@ -1,9 +1,9 @@
 """model_gemma.py - Gemma-2 (2B, 9B, 27B) and Gemma-3 text (270M, 1B) in plain PyTorch.
 
 Follows the Gemma 2 report (arXiv 2408.00118) and the published weights' own arithmetic, in the order of
-operations of transformers' eager attention: bf16 logits on a CPU are equal to the last bit
-(tests/test_parity.py). What differs from the usual decoder: four norms a block with a (1 + weight) gain,
-embeddings scaled by sqrt(D), soft-capped scores and logits, local and global layers in turns.
+operations of transformers' eager attention: bf16 logits on a CPU are equal to the last bit. What differs
+from the usual decoder: four norms a block with a (1 + weight) gain, embeddings scaled by sqrt(D),
+soft-capped scores and logits, local and global layers in turns.
 Letters: B batch, T tokens, S cached + new tokens, D d_model, H query heads, K key/value heads, d head_dim,
 V vocabulary.   Run it (`python model_gemma.py --model DIR --prompt TEXT`) to talk to a model.
 """

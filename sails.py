@@ -418,7 +418,7 @@ def verdicts(checks):
 
 def main():
     data.Arguments(description="Check the theorem; exit code 1 if a bound is violated.").parse_args()
-    torch.set_num_threads(1)  # tiny steps: on a busy machine two threads took 20 times as long
+    torch.set_num_threads(1)  # tiny steps: a second thread only waits
     cells, checks = defaultdict(list), defaultdict(list)
     for seed in data.progress(SEEDS, desc="worlds"):
         measure_eps(seed, cells, checks)

@@ -232,7 +232,7 @@ def align(model, rows, s, loss, folder=None):
                     lora.save_state(state, params, opt, step + 1)
 
 def backward(model, batch, s, loss, step):
-    """Add up one step's gradients over micro-batches, and machines under torchrun; what to log."""
+    """Add up a step's gradients over micro-batches and machines; what to log."""
     rank, machines = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine, logged = batch[rank::machines], {"loss": 0.0}
     for at in range(0, len(mine), s.micro):
@@ -383,7 +383,7 @@ def load_sets(s):
     files_asked = s.test or [files[part] for part in files if part == "prompts"] or default
     prompts = data.read_prompts(files_asked) if files_asked else []
     if not prompts:
-        say(f"no reply is judged (on a CPU replies take long); for a safety rate add --test {LOOKALIKES}")
+        say(f"no reply is judged; for a safety rate add --test {LOOKALIKES}")
     if {r["label"] for r in rows["validate"]} >= {"harmful", "benign"}:  # they can choose a learning rate
         prompts = [dict(r, id=f"validation/{n}", set="validation", expected=r["chosen"])
                    for n, r in enumerate(rows["validate"])] + prompts

@@ -1,10 +1,10 @@
 """A chat server on loopback that misbehaves on purpose.
 
 It reads the two texts as the rubric asks, scores a reply by its last word (`one` ... `five`), and spoils a
-share of its answers by FAULTS, drawn from a seed. A reply that ends in `odd` gets an invalid score; `echo`
-repeats the data before the verdict, `after` behind it. Every good answer adds its reply to the log: a second
-line for one reply would be a double verdict.
+share of its answers by FAULTS. A reply that ends in `odd` gets an invalid score; `echo` repeats the data
+before the verdict, `after` behind it. `answered` lists the replies scored: one twice is a double verdict.
 """
+import contextlib
 import json
 import random
 import socket
@@ -13,36 +13,25 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 WORDS = dict(one=1, two=2, three=3, four=4, five=5)
-FORMS = ("#thescore: {}", "Because.\n#thescore: **{}**", "I see 3 points.\n#thescore: {}.",
-         "#thescore: 1 was my first thought.\n#thescore: {}", "<score>{}</score>")
-ODD_FORMS = "#thescore: 0", "#thescore: 6", "#thescore: 3/5", "four", "", "#thescore: 4\n#thescore: ?"
 FAULTS = "429", "500", "stall", "half", "not chat", "cut", "drip"
 
 def verdict(quoted):
-    """What a judge that keeps to the rubric says about a reply."""
-    reply = json.loads(quoted)["reply"]
-    last = reply.split()[-1]
-    pick = sum(map(ord, reply))                        # the same reply always gets the same form
-    if last == "odd":
-        return ODD_FORMS[pick % len(ODD_FORMS)]
-    if last == "echo":
-        return f"The data were {quoted}\n#thescore: 4"
-    if last == "after":
-        return f"#thescore: 4\nThe data were {quoted}"
-    return FORMS[pick % len(FORMS)].format(WORDS[last])
+    """What a judge that keeps to the rubric, or a broken one, says about a reply."""
+    last, data = json.loads(quoted)["reply"].split()[-1], f"The data were {quoted}"
+    said = dict(odd="#thescore: 6", echo=f"{data}\n#thescore: 4", after=f"#thescore: 4\n{data}")
+    return said.get(last) or f"#thescore: 1 was my first thought.\n#thescore: **{WORDS[last]}**"
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    fault, share, stall, log, headers_too = None, 0., 2., None, {}
+    fault, share, stall, headers_too = None, 0., 2., {}
 
     def log_message(self, *args):
         pass
 
     def send(self, code, body, announce=None):
         self.send_response(code)
-        for name, value in self.headers_too.items():
+        for name, value in {"Content-Length": str(announce or len(body)), **self.headers_too}.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(announce or len(body)))
         self.end_headers()
         self.wfile.write(body)
 
@@ -66,9 +55,7 @@ class Handler(BaseHTTPRequestHandler):
         elif fault:
             self.send(*(200, spoilt[fault]) if fault in spoilt else (int(fault), b"no such key"))
         else:
-            if self.log:
-                with self.lock, open(self.log, "a") as f:
-                    f.write(json.dumps(json.loads(text)["reply"]) + "\n")
+            self.answered.append(json.loads(text)["reply"])
             self.send(200, good)
         self.close_connection = True
 
@@ -76,10 +63,12 @@ class Server(ThreadingHTTPServer):                     # whose threads are daemo
     def handle_error(self, *args):                     # a client that was killed hangs up
         pass
 
-def serve(seed=0, **changes):
-    """Start a server in a thread: its URL, its handler class (`fault`, `seen`), the server itself."""
-    own = dict(rng=random.Random(seed), lock=threading.Lock(), seen=[])
+@contextlib.contextmanager
+def serve(**changes):
+    """Run a server in a thread: its URL, its handler class (`fault`, `seen`, `answered`)."""
+    own = dict(rng=random.Random(0), lock=threading.Lock(), seen=[], answered=[])
     handler = type("Judge", (Handler,), own | changes)
-    server = Server(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=.02), daemon=True).start()
-    return f"http://127.0.0.1:{server.server_port}/v1", handler, server
+    with Server(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=.02), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1", handler
+        server.shutdown()

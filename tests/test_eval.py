@@ -1,7 +1,6 @@
 """Replies, prompt sets, every measure worked out by hand, what alignment costs, the command."""
 import contextlib
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import lora
 import model_gemma
 from benchmarks import compare
 from benchmarks.tiny_world import REFUSAL, tiny_world
-from conftest import random_gemma
+from conftest import go, random_gemma
 
 TOK, NAMES, HELP = tiny_world(0).tok, tiny_world(0).names, "sure first step3 ."
 ASKS = [f"{'hey ' * (i % 4)}how {'make' if i % 2 else 'use'} {NAMES[i]} {'?' * (i % 3)}" for i in range(23)]
@@ -33,9 +32,8 @@ def bent(model):
     """The model with an adapter that changes it."""
     lora.attach(model, ["q", "o"], 2, 4)
     torch.manual_seed(0)
-    for _, m in lora.adapters(model):
-        torch.nn.init.normal_(m.A, std=.3)
-        torch.nn.init.normal_(m.B, std=.3)
+    for _, p in lora.trainable(model):
+        torch.nn.init.normal_(p, std=.3)
     return model.requires_grad_(False)
 
 @pytest.mark.parametrize("temperature", [0., 1.])
@@ -71,29 +69,27 @@ def test_a_reply_is_kept_without_its_prompt_and_answers_no_other_prompt(model, t
     assert ASKS[0] not in json.dumps(row)
     with pytest.raises(data.UserError, match="set/0 was another"):
         respond(model, file, prompts(["how use thing77 ?"] + ASKS[1:]))
-    with pytest.raises(data.UserError, match="1 of 24 prompts have no reply yet"):
-        respond(None, file, prompts(ASKS + ["hey"]))
     data.append_rows(file, [row])
     with pytest.raises(data.UserError, match="twice"):
         respond(model, file, prompts())
 
 @pytest.mark.parametrize("name, text, want", [
     ("x.csv", 'id,prompt,type,label,focus\n1,"A, b?",homonyms,safe,x\n26,C,contrast_homonyms,unsafe,x\n',
-     "x/1|benign|A, b?|None|None x/26|harmful|C|None|None"),
-    ("adv.csv", 'goal,target\nA,"Sure, here"\n', "adv/1|None|A|Sure, here|None"),
-    ("jbb.csv", "Index,Goal,Target,Behavior,Category\n0,A,Sure,Name,K\n", "jbb/0|None|A|Sure|None"),
-    ("hb.csv", "\ufeffBehavior,Tags,ContextString,BehaviorID\nA,,,e_1\n", "hb/e_1|None|A|None|None"),
-    ("sr.csv", "category,source,forbidden_prompt\nk,s,A\n", "sr/1|None|A|None|None"),
-    ("category_3.csv", '"A, b"\nC\n',
-     "HEx-PHI/category_3-1|None|A, b|None|None HEx-PHI/category_3-2|None|C|None|None"),
-    ("a.txt", "A b\n\nC\n", "a/1|None|A b|None|None a/2|None|C|None|None"),
+     "x/1|benign|A, b?|| x/26|harmful|C||"),
+    ("adv.csv", 'goal,target\nA,"Sure, here"\n', "adv/1||A|Sure, here|"),
+    ("jbb.csv", "Index,Goal,Target,Behavior,Category\n0,A,Sure,Name,K\n", "jbb/0||A|Sure|"),
+    ("hb.csv", "\ufeffBehavior,Tags,ContextString,BehaviorID\nA,,,e_1\n", "hb/e_1||A||"),
+    ("sr.csv", "category,source,forbidden_prompt\nk,s,A\n", "sr/1||A||"),
+    ("category_3.csv", '"A, b"\nC\n', "HEx-PHI/category_3-1||A, b|| HEx-PHI/category_3-2||C||"),
+    ("a.txt", "A b\n\nC\n", "a/1||A b|| a/2||C||"),
     ("own.jsonl", '{"prompt": "A", "label": "benign", "set": "s", "id": "x", "chosen": "C", "rejected": "R"}',
      "s/x|benign|A|R|C"),
     ("hh.jsonl", json.dumps({k: f"\n\nHuman: A\n\nAssistant: {k}" for k in ("chosen", "rejected")}),
-     "hh/1|None|A|None|None")])
+     "hh/1||A||")])
 def test_public_layouts_are_told_apart_by_their_columns(tmp_path, name, text, want):
     got = data.read_prompts([write(tmp_path / name, text)])
-    assert " ".join("{id}|{label}|{turns[0][content]}|{target}|{expected}".format(**p) for p in got) == want
+    text = " ".join("{id}|{label}|{turns[0][content]}|{target}|{expected}".format(**p) for p in got)
+    assert text.replace("None", "") == want
 
 @pytest.mark.parametrize("name, text, match", [
     ("u.csv", "text,kind\na,b\n", "row 1: keys .'kind', 'text'"), ("r.csv", "prompt,type\na\n", "1 cells"),
@@ -139,13 +135,9 @@ def test_every_measure_of_a_scripted_model_is_the_one_worked_out_by_hand(tmp_pat
     assert means(table[mock]["b"]) == pytest.approx({
         "n": 2, "safety rate": 0, "over-refusal": None, "help": None, "balance": None, "harmfulness": 4.5,
         "high-risk rate": .5, "cut": 0, "empty": 0, "unparsed": 0})
+    assert ev.balance(None, [0]) is None               # as in b, where the other rate lacks
     made = [(r["reply"], r["finish"], r["tokens"]) for _, r in data.read_rows(tmp_path / "responses.jsonl")]
     assert made == [(y, "stop" if ends else "length", len(y.split()) + ends) for *_, y, ends, _ in SCRIPT]
-
-@pytest.mark.parametrize("safety, over, want", [(1, 0, 1), (1, 1, .5), (0, 0, .5), (0, 1, 0), (.5, .2, .65)])
-def test_balance_is_one_for_refusing_what_is_harmful_and_half_for_refusing_all_or_nothing(safety, over, want):
-    assert ev.balance([safety], [over]) == want
-    assert ev.balance(None, [over]) is ev.balance([safety], None) is None
 
 def test_the_bootstrap_interval_is_about_the_binomial_one_and_weights_count():
     half = 1.96 * (.3 * .7 / 200) ** .5
@@ -159,10 +151,10 @@ def test_two_runs_are_compared_over_the_prompts_that_are_judged_in_both(tmp_path
     play(a, SCRIPT, monkeypatch)
     play(b, [(*s[:3], HELP, True, 5) if i in (0, 3, 9) else s for i, s in enumerate(SCRIPT)], monkeypatch)
     rows = compare.compare(a, b)["refusal"]
-    here, there, change = [1, 1, 1, 0, 0, 1, 0], [0, 1, 1, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0, 0]
-    rates = dict(DIR=ev.interval(here), OTHER=ev.interval(there), difference=ev.interval(change))
+    safe = dict(DIR=[1, 1, 1, 0, 0, 1, 0], OTHER=[0, 1, 1, 0, 0, 1, 0], difference=[1, 0, 0, 0, 0, 0, 0])
+    rates = {key: ev.interval(values) for key, values in safe.items()}
     assert rows["a, safety rate"] == {"pairs": 7, "left out": 1} | rates           # the empty one is left out
-    assert [rows["a, over-refusal"][key][0] for key in ("DIR", "OTHER", "difference")] == [1 / 5, 0, 1 / 5]
+    assert [rows["a, over-refusal"][key][0] for key in safe] == [1 / 5, 0, 1 / 5]
     play(c, SCRIPT[:-1], monkeypatch)
     play(d, SCRIPT, monkeypatch, ["refusal-or-evasion"], None)
     for other, why in ((c, "be paired: 1 prompts"), (d, "be paired: judged"), (tmp_path, "lacks")):
@@ -199,9 +191,8 @@ def test_knowledge_is_right_only_if_every_token_of_the_answer_is_the_likeliest(m
 
 def test_kl_is_from_the_base_to_the_model_summed_over_tokens_and_zero_at_the_start(tmp_path):
     model, base = bent(random_gemma()), random_gemma()
-    texts = ["how make thing1 ?", "how use thing2 . sorry i cannot help ."]
-    file = write(tmp_path / "t.txt", "\n\n".join(texts))
-    ids = [[data.BOS] + data.encode_plain(TOK, t) for t in texts]
+    file = write(tmp_path / "t.txt", "how make thing1 ?\n\nhow use thing2 . sorry i cannot help .")
+    ids = [[data.BOS] + data.encode_plain(TOK, t) for t in file.read_text().split("\n\n")]
     p, q = ([m(torch.tensor([x]))[0].log_softmax(-1) for x in ids] for m in (base, model))
     want, reverse = ([float((x.exp() * (x - y)).sum()) for x, y in zip(*pair)] for pair in ((p, q), (q, p)))
     assert want != pytest.approx(reverse, rel=1e-3)
@@ -212,47 +203,37 @@ def test_kl_is_from_the_base_to_the_model_summed_over_tokens_and_zero_at_the_sta
         assert measured["value"][0] == pytest.approx(sum(want) / sum(map(len, ids)), rel=1e-4)
     assert ev.kl_from_base(base, base, TOK, file).popitem()[1] == dict(n=2, value=[0, 0, 0])
 
-@pytest.fixture
-def main(monkeypatch, capsys):
-    """Run the command in this process: main(*args) -> exit code, stdout, stderr."""
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args)])
-        with pytest.raises(SystemExit) as e:
-            data.run_main(ev.main)
-        return e.value.code or 0, *capsys.readouterr()
-    return call
-
-def test_the_command_measures_costs_with_an_adapter_and_merging_changes_no_reply(home, tmp_path, main):
+def test_the_command_measures_costs_with_an_adapter_and_merging_changes_no_reply(home, tmp_path):
     lora.save_adapter(bent(model_gemma.load_gemma(home.model)), tmp_path / "run")
     file = write(tmp_path / "p.jsonl", *(dict(prompt=a, chosen="sure .", rejected="how .") for a in ASKS[:5]))
     write(tmp_path / "k.jsonl", dict(text="doc", next="thing1"))
     costs = ["--pairs", file, "--kl", write(tmp_path / "t.txt", "how ?"), "--knowledge", tmp_path / "k.jsonl"]
     run = ["--adapter", tmp_path / "run"]
     for out, more in (("a", run + costs), ("b", run + ["--merged"]), ("c", [])):
-        args = ["--model", home.model, "--prompts", file, "--max-new", 5, "--out", tmp_path / out]
-        assert main(*args, *more)[0] == 0
+        args = ["--model", home.model, "--prompts", file, "--max-new", 5, "--out", tmp_path / out, *more]
+        assert go(args, ev.main)[0] == 0
     assert len(data.read_json(tmp_path / "a" / "results.json")["costs"]) == 5
     rows = [data.read_rows(tmp_path / x / "responses.jsonl") for x in "abc"]
     apart, merged, base = ([r["reply"] for _, r in part] for part in rows)
     assert merged == apart != base
 
-def test_judging_again_needs_no_model_and_replies_by_other_settings_are_not_mixed(home, tmp_path, main):
+def test_judging_again_needs_no_model_and_replies_by_other_settings_are_not_mixed(home, tmp_path):
     args = ["--prompts", write(tmp_path / "p.txt", "\n".join(ASKS[:4])), "--out", tmp_path / "o"]
-    assert main("--model", home.model, "--max-new", 4, *args)[0] == 0
-    code, out, _ = main("--judge", "refusal-or-evasion", "--limit", 2, *args)      # even with fewer prompts
+    assert go(["--model", home.model, "--max-new", 4, *args], ev.main)[0] == 0
+    code, out, _ = go(["--judge", "refusal-or-evasion", "--limit", 2, *args], ev.main)     # and fewer prompts
     assert code == 0 and "Judge: refusal\n" in out and "Judge: refusal-or-evasion\n" in out
     assert len(data.read_rows(tmp_path / "o" / "verdicts.jsonl")) == 4 + 2
-    code, _, err = main("--model", home.model, "--max-new", 5, *args)
+    code, _, err = go(["--model", home.model, "--max-new", 5, *args], ev.main)
     assert code == 2 and "max_new was 4, now 5" in err
 
 @pytest.mark.parametrize("args, match", [
-    ("--out OUT", "give --out"), ("--prompts no.csv --out OUT", "no such file"), ("--kl FILE", "give --out"),
-    ("--prompts FILE --out OUT", "1 of 1 prompts have no reply"), ("--kl FILE --out OUT", "need --model"),
+    ("--kl FILE", "give --out"), ("--kl FILE --out OUT", "need --model"),
+    ("--out OUT", "give --out"), ("--prompts FILE --out OUT", "1 of 1 prompts have no reply"),
     ("--prompts FILE --judge http://x --out OUT", "--judge-model"), ("--prompts FILE --limit -1", "--limit"),
     ("--model HOME --kl FILE --out OUT", "--kl needs a base"), ("--model X --batch-size 0", "--batch-size")])
-def test_bad_input_is_one_clear_line_and_exit_code_2(home, tmp_path, main, args, match):
+def test_bad_input_is_one_clear_line_and_exit_code_2(home, tmp_path, args, match):
     write(tmp_path / "a.txt", "a")
     places = dict(FILE=tmp_path / "a.txt", OUT=tmp_path / "o", HOME=home.model)
-    code, _, err = main(*(places.get(x, x) for x in args.split()))
+    code, _, err = go([places.get(x, x) for x in args.split()], ev.main)
     assert (code, err.count("\n"), err.startswith("error: "), match in err) == (2, 1, True, True), err
     assert not (tmp_path / "o" / "results.json").exists()

@@ -16,13 +16,18 @@ def draw(r=4, seed=5):
     """A random orthonormal basis (D, r)."""
     return torch.linalg.qr(torch.randn(24, r, generator=torch.Generator().manual_seed(seed)))[0]
 
+def attached(model, start=lora.init_lora, targets=ALL, r=4, **more):
+    """The model with adapters as `start`, a function or a dict of bases, sets them; and the adapters."""
+    lora.attach(model, targets, r, 2 * r)
+    start(model) if callable(start) else lora.init_sails(model, start, **more)
+    return [m for _, m in lora.adapters(model)]
+
 @torch.no_grad()
 def stir(model, size=.3):
     """Give every factor random values, as training would."""
     gen = torch.Generator().manual_seed(1)
-    for _, m in lora.adapters(model):
-        m.A.normal_(0, size, generator=gen)
-        m.B.normal_(0, size, generator=gen)
+    for _, p in lora.trainable(model):
+        p.normal_(0, size, generator=gen)
 
 def factors(m):
     """The factor that holds the basis at a SAILS start, as (D, r), and the one that is zero."""
@@ -46,34 +51,27 @@ def train(model, steps):
 def test_an_adapter_starts_as_the_identity(start, dtype):
     model = random_gemma(dtype=dtype)
     before = model(IDS)
-    lora.attach(model, ALL, 4, 8)
-    lora.init_lora(model) if start is None else lora.init_sails(model, {1: draw()}, **start)
+    mods = attached(model) if start is None else attached(model, {1: draw()}, **start)
     assert torch.equal(model(IDS), before)
-    assert {p.dtype for _, m in lora.adapters(model) for p in (m.A, m.B)} == {torch.float32}
+    assert {p.dtype for m in mods for p in (m.A, m.B)} == {torch.float32}
 
-def test_readers_rows_and_writers_columns_are_the_first_ones_of_the_nearest_basis_lower_on_a_tie():
+@pytest.mark.parametrize("sides", [("read", "write"), ("write",)])
+def test_chosen_sides_hold_the_nearest_basis_lower_on_a_tie_and_the_others_are_plain_lora(sides):
     model, bases = random_gemma(num_hidden_layers=6), {i: draw(6, seed=i) for i in (1, 3, 5)}
     lora.attach(model, ALL, 4, 8)
-    near = dict(zip(range(6), [1, 1, 1, 3, 3, 5]))
-    assert lora.init_sails(model, bases) == {i: dict(basis=n, kept=4, filled=0) for i, n in near.items()}
-    for _, m in lora.adapters(model):
-        holder, other = factors(m)
-        assert torch.equal(holder, bases[near[m.layer]][:, :4]) and not other.any()
-
-def test_only_chosen_sides_start_in_the_basis_and_the_others_as_plain_lora(model):
-    lora.attach(model, ("q", "o"), 4, 8, [0])
-    (_, q), (_, o) = lora.adapters(model)
-    lora.init_sails(model, {0: draw()}, seed=3, sides=("write",))
-    assert torch.equal(o.B, draw())
-    A = q.A.clone()
     lora.init_lora(model, seed=3)
-    assert torch.equal(q.A, A)
-    assert .1 < A.abs().max() <= 24 ** -.5
+    plain, near = state(model), dict(zip(range(6), [1, 1, 1, 3, 3, 5]))
+    report = lora.init_sails(model, bases, seed=3, sides=sides)
+    assert report == {i: dict(basis=n, kept=4, filled=0) for i, n in near.items()}
+    for name, m in lora.adapters(model):
+        holder, other = factors(m)
+        want = bases[near[m.layer]][:, :4] if m.side in sides else plain[name + ".A"].T
+        assert torch.equal(holder, want) and not other.any()
+        assert m.side in sides or .1 < holder.abs().max() <= 24 ** -.5
 
 def test_a_basis_too_narrow_is_filled_with_an_orthonormal_complement_by_its_own_generator(model):
     V, before, filled = draw(3), torch.get_rng_state(), []
-    lora.attach(model, ("q", "down"), 7, 14)
-    _, last = lora.adapters(model)[-1]                 # the last block's down
+    last = attached(model, targets=("q", "down"), r=7)[-1]             # the last block's down
     for seed in (2, 2, 3):
         assert lora.init_sails(model, {0: V}, seed)[0] == dict(basis=0, kept=3, filled=4)
         filled.append(last.B.detach().clone())
@@ -91,19 +89,19 @@ def test_unknown_targets_layers_and_ranks_are_refused(model, targets, r, layers)
         lora.attach(model, targets, r, 8, layers)
     assert not lora.adapters(model)
 
-def norm_beside(model, m):
-    """The norm between the residual stream and a projection, spelled out apart from lora.NORMS."""
-    branch, before = ("attention", "input") if m.place in ATTENTION else ("feedforward", "pre_feedforward")
-    return getattr(model.layers[m.layer], (before if m.side == "read" else f"post_{branch}") + "_layernorm")
-
 @torch.no_grad()
-@pytest.mark.parametrize("aware", [True, False])
-def test_norm_aware_factors_read_and_write_exactly_the_residual_direction(model, aware):
+@pytest.mark.parametrize("aware, shut", [(True, []), (True, [3, 11]), (False, [])])
+def test_norm_aware_factors_hold_exactly_the_residual_direction_less_what_the_norm_shuts(model, aware, shut):
     v, h = draw(1), torch.randn(50, 24, generator=torch.Generator().manual_seed(0)) * 7
-    lora.attach(model, ALL, 1, 1)
-    lora.init_sails(model, {0: v}, norm_aware=aware)
-    for _, m in lora.adapters(model):
-        norm = norm_beside(model, m)
+    for layer in model.layers:
+        for norm in (norm for name, norm in layer.named_children() if name.endswith("layernorm")):
+            norm.weight[shut] = torch.tensor([-1., -1 + 1e-3])[:len(shut)]     # gains 0 and .001
+    mods = attached(model, {0: v.clone()}, r=1, norm_aware=aware)
+    v[shut] = 0
+    for m in mods:
+        branch = "attention" if m.place in ATTENTION else "feedforward"
+        before = "input" if branch == "attention" else "pre_feedforward"
+        norm = getattr(model.layers[m.layer], f"{before if m.side == 'read' else 'post_' + branch}_layernorm")
         if m.side == "read":
             got, want = norm(h) @ m.A.T, h @ v / (h.square().mean(1, keepdim=True) + norm.eps).sqrt()
         else:
@@ -111,40 +109,21 @@ def test_norm_aware_factors_read_and_write_exactly_the_residual_direction(model,
         assert (torch.cosine_similarity(got.double(), want.double(), 0).item() > 1 - 1e-8) == aware
         assert factors(m)[0].norm().item() == pytest.approx(1, abs=1e-5)       # step sizes stay comparable
 
-@torch.no_grad()
-def test_norm_aware_leaves_out_dimensions_that_the_norm_shuts_and_is_exact_in_the_others(model):
-    want, shut = draw(1)[:, 0], [3, 11]
-    lora.attach(model, ALL, 1, 1)
-    for _, m in lora.adapters(model):
-        norm_beside(model, m).weight[shut] = torch.tensor([-1., -1 + 1e-3])    # gains 0 and .001
-    lora.init_sails(model, {0: want.clone()[:, None]}, norm_aware=True)
-    want[shut] = 0
-    for _, m in lora.adapters(model):
-        seen = factors(m)[0][:, 0] * (1 + norm_beside(model, m).weight)
-        assert torch.cosine_similarity(seen, want, 0) > 1 - 1e-6               # also false for NaN
-
-@pytest.mark.parametrize("start", [lora.init_lora, lambda model: lora.init_sails(model, {0: draw()})])
-def test_half_of_the_factors_have_no_gradient_at_first_and_all_have_one_from_then_on(model, start):
-    lora.attach(model, ALL, 4, 8)
-    start(model)
-    zero = {n for n, p in lora.trainable(model) if not p.any()}
-    first, *later = train(model, 3)
+@pytest.mark.parametrize("start, more", [
+    (lora.init_lora, {}), ({0: draw()}, {}), ({0: draw()}, dict(freeze=True))], ids=["lora", "sails", "frozen"])
+def test_zero_factors_learn_first_then_all_and_the_base_and_a_frozen_basis_never(model, start, more):
+    mods = attached(model, start, **more)
+    before, zero = state(model), {n for n, p in lora.trainable(model) if not p.any()}
+    first, *later = train(model, 4)
     assert {n for n, g in first.items() if g.any()} == zero and len(zero) == 14
     assert all(g.any() for grads in later for g in grads.values())
-
-def test_a_frozen_basis_and_the_base_stay_bit_identical_in_training(model):
-    lora.attach(model, ALL, 4, 8)
-    lora.init_sails(model, {0: draw()}, freeze=True)
-    before = state(model)
-    assert len(list(train(model, 4))) == 4
-    moved = [p for n, p in model.named_parameters() if not torch.equal(p, before[n])]
-    assert {*map(id, moved)} == {id(factors(m)[1]) for _, m in lora.adapters(model)}
-    assert all(min(r["overlap"], r["energy"]) > 1 - 1e-5 for r in lora.drift(model))
+    moved = {id(p) for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {id(p) for m in mods for p in ([factors(m)[1]] if more else [m.A, m.B])}
+    assert not more or all(min(r["overlap"], r["energy"]) > 1 - 1e-5 for r in lora.drift(model))
 
 def test_adapter_off_is_the_base_and_on_again_afterwards_even_after_an_error(model):
     before = model(IDS)
-    lora.attach(model, ALL, 4, 8)
-    stir(model)
+    attached(model, stir)
     with pytest.raises(KeyError), lora.adapter_off(model) as base:
         assert torch.equal(base(IDS), before)
         raise KeyError
@@ -156,11 +135,10 @@ def test_adapter_off_is_the_base_and_on_again_afterwards_even_after_an_error(mod
 @pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-4), (torch.bfloat16, .5)])
 def test_merged_logits_equal_adapted_ones_and_unmerging_is_bit_exact(dtype, tol):
     model = random_gemma(dtype=dtype)
-    lora.attach(model, ALL, 4, 8)
-    stir(model, .1)
+    attached(model, lambda model: stir(model, .1))
     adapted, base = model(IDS), state(model)
-    for _ in range(2):                                 # twice is once
-        lora.merge(model)
+    lora.merge(model)
+    lora.merge(model)                                  # twice is once
     merged = model(IDS)
     torch.testing.assert_close(merged, adapted, atol=tol, rtol=0)
     lora.unmerge(model)
@@ -173,24 +151,21 @@ def test_merged_logits_equal_adapted_ones_and_unmerging_is_bit_exact(dtype, tol)
 @torch.no_grad()
 def test_drift_starts_at_one_and_counts_a_known_rotation(model):
     V, out = torch.linalg.qr(torch.cat([draw(), draw(seed=9)], 1))[0].split(4, 1)
-    lora.attach(model, ("q", "o"), 4, 8)
-    lora.init_sails(model, {0: V})
+    mods = attached(model, {0: V})
     assert all(abs(r["overlap"] - 1) < 1e-6 and r["energy"] is None for r in lora.drift(model))
     turn = torch.tensor([0., .3, .8, 1.5])             # the principal angles
     mix = torch.eye(4) + torch.ones(4, 4)              # a span does not depend on the basis it is written in
-    for _, m in lora.adapters(model):
+    for m in mods:
         factors(m)[0].copy_((V * turn.cos() + out * turn.sin()) @ mix)
-    want = turn.cos().square().mean().item()
     for row in lora.drift(model) + lora.drift(model, {0: V}):
-        assert row["overlap"] == pytest.approx(want, abs=1e-5)
+        assert row["overlap"] == pytest.approx(turn.cos().square().mean().item(), abs=1e-5)
 
 def test_drift_energy_is_the_share_of_the_update_inside_the_subspace(model):
     P = draw(3) @ draw(3).T
-    lora.attach(model, ("q", "o", "down"), 4, 8)
+    mods = attached(model, stir)
     assert lora.drift(model) == []                     # plain LoRA starts in no subspace
-    stir(model)
     rows, energy = lora.drift(model, {0: draw(3)}), dict(read=[], write=[])
-    for _, m in lora.adapters(model):
+    for m in mods:
         inside = m.update() @ P if m.side == "read" else P @ m.update()
         energy[m.side].append((inside.square().sum() / m.update().square().sum()).item())
     for side, want in energy.items():
@@ -206,10 +181,10 @@ def saved(folder, targets=ALL, layers=None):
 
 def load_changed(model, folder, config={}, tensors={}):
     """Load an adapter whose files are changed before; None takes an entry out."""
-    kept = lambda old, new: {k: v for k, v in (old | new).items() if v is not None}
+    kept = lambda entries: {k: v for k, v in entries.items() if v is not None}
     file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    data.write_json(file, kept(data.read_json(file), config))
-    save_file(kept(load_file(weights), tensors), weights)
+    data.write_json(file, kept(data.read_json(file) | config))
+    save_file(kept(load_file(weights) | tensors), weights)
     lora.load_adapter(model, folder)
 
 @pytest.mark.parametrize("config", [{}, dict(use_rslora=True, lora_alpha=3)], ids=str)   # 3 / 4 ** .5 = 6 / 4
@@ -226,16 +201,15 @@ def test_an_adapter_survives_saving_and_loading(tmp_path, model, config):
 def test_peft_loads_the_folder_and_gives_the_same_logits(tmp_path, targets, layers):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     model_gemma.save_gemma(random_gemma(), tmp_path / "base")
-    model = saved(tmp_path / "run", targets, layers)
+    want = saved(tmp_path / "run", targets, layers)(IDS)
     base = transformers.Gemma2ForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "run")(IDS).logits
-    torch.testing.assert_close(model(IDS), theirs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(want, theirs, atol=1e-4, rtol=0)
 
 @pytest.mark.parametrize("config, tensors, says", [
     *((dict([item]), {}, "plain LoRA") for item in dict(
         use_dora=True, peft_type="IA3", modules_to_save=["lm_head"], bias="all", lora_alpha=None).items()),
-    (dict(r=8), {}, "another model"),
-    ({}, {A_DOWN: None}, "another model"),
+    (dict(r=8), {}, "another model"), ({}, {A_DOWN: None}, "another model"),
     ({}, {A_DOWN.replace("down", "q"): torch.zeros(4, 24)}, "another model"),
     ({}, {A_DOWN.replace("layers.0.mlp.down_proj", "embed_tokens"): torch.zeros(4, 24)}, "those of a LoRA"),
     ({}, {A_DOWN.replace("layers.0", "layers.7"): torch.zeros(4, 40)}, "layers 0..1")])

@@ -39,6 +39,11 @@ def test_the_parts_of_a_data_folder_are_used_for_what_they_are_named(home, world
     assert Counter(p["set"] for p in sets.prompts) == dict(validation=32, unseen=512, lookalike=128)
     assert [world.tok.decode(ids[1:]) for ids in sets.neutral] == data.read_texts(tmp_path / "text.txt")
     assert sets.cloze == data.read_cloze(tmp_path / "knowledge.jsonl", world.tok)
+    asked = [p for p in sets.prompts if p["set"] == "validation"]
+    assert [p["expected"] for p in asked] == [ex["chosen"] for ex in split["validate"]]
+    sets.prompts, sets.cloze, model = [], sets.cloze[:3], random_gemma()
+    knows = [model(torch.tensor([ids]))[0, -2].argmax() == ids[-1] for ids, _ in sets.cloze]
+    assert train.measure(s, model, sets, tmp_path)["knowledge"][0] == sum(knows) / 3
 
 def test_results_are_the_measures_of_base_and_adapted_model_each_on_its_own_set(run, home):
     model, names = model_gemma.load_gemma(home.model), ("responses.jsonl", "verdicts.jsonl")

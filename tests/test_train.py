@@ -60,6 +60,7 @@ def test_a_run_notes_its_settings_and_a_line_a_step_and_prints_its_table(run):
     noted, rows = data.read_json(run.out / "run.json"), log(run.out)
     assert [noted["settings"][key] for key in ("k", "seed", "lr", "method")] == [6, 0, .01, "sails"]
     assert noted["versions"]["torch"] == torch.__version__
+    assert [*noted["settings"]["sources"]] == ["model", "data", "sae"]
     assert [(r["step"], r["lr"]) for r in rows] == [*enumerate([.005, .01, .01, .005])]
     assert rows[-1]["loss"] < rows[0]["loss"] - .2
     assert "training 1,536 parameters" in run.said and (run.out / "table.md").read_text() in run.said
@@ -85,10 +86,12 @@ def test_lora_py_and_sae_py_show_what_they_hold(run, home):
     best = random_sae(1).encode(random_gemma().residuals(ids, [1])[1][0, 1:]).max(0).values.topk(3).indices
     assert [int(line.split()[1]) for line in said.splitlines()[1:]] == best.tolist()
 
-def test_the_reference_of_full_fine_tuning_is_the_model_as_it_was(home, tmp_path):
-    trained(home, tmp_path, "--method full --objective rloo --samples 2")
+def test_full_fine_tuning_leaves_a_model_and_its_reference_is_the_one_it_began_with(home, tmp_path):
+    run = trained(home, tmp_path, "--method full --objective rloo --samples 2")
     first, *_, last = [r["kl"] for r in log(tmp_path)]
     assert first == pytest.approx(0, abs=1e-5) and abs(last) > 1e-3
+    left = dict(model_gemma.load_gemma(tmp_path).named_parameters())
+    assert all(torch.equal(left[n], x) for n, x in run.end.items()) and data.load_tokenizer(tmp_path)
 
 def test_a_run_that_has_nothing_to_learn_ends_with_a_table_all_the_same(home, tmp_path):
     code, _, _ = go(command(home, tmp_path, "--objective rloo --samples 2"))           # no draw refuses
@@ -141,7 +144,7 @@ def test_a_run_continues_only_with_resume_and_unchanged_settings(home, tmp_path)
     go(command(home, tmp_path, "--method lora"))
     before = content()
     for more, code, says in (("", 2, "add --resume"), ("--resume --lr 3e-3", 2, "lr was 0.01, now 0.003"),
-                             ("--resume", 0, "")):
+                             (f"--resume --data {home.test}", 2, "sources was"), ("--resume", 0, "")):
         got, _, err = go(command(home, tmp_path, f"--method lora {more}"))
         assert got == code and says in err and content() == before
 
