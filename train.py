@@ -620,6 +620,7 @@ def main():
         dist.init_process_group("nccl" if s.device.startswith("cuda") else "gloo")
         s.device = f"cuda:{os.environ['LOCAL_RANK']}" if s.device.startswith("cuda") else s.device
         s.jobs = 1  # the ranks share every run
+        need(s.batch >= dist.get_world_size(), "--batch must hold an example for every process")
     if s.tiny and lead():
         make_world(WORLD, 0, s.seed)
     together()

@@ -1,12 +1,8 @@
 """hub_server.py - a hub on loopback for tests: it answers huggingface_hub's client as the real one does.
 
 Serves ROOT/models/owner/name/FILES and ROOT/datasets/...; a folder `name@rev` is another revision of `name`.
-    GET  /api/models/ID[/revision/REV]            sha and siblings
-    GET  /api/models/ID/tree/SHA?recursive=True   entries with oid, size, lfs; in pages joined by Link headers
-    HEAD /ID/resolve/SHA/FILE                     small file: a relative redirect to /api/resolve-cache/...
-                                                  large file: 302 to another host, with its etag and size
-    GET  of both redirect targets                 with Range, ETag, Content-Length
-Not copied: Xet storage. With hub.xet = True large files are said to lie there, and every request to it fails.
+Small files are redirected to /api/resolve-cache/..., large ones to another host. Not copied: a tree's pages,
+and Xet storage: with hub.xet = True large files are said to lie there, and every request to it fails.
 """
 import hashlib
 import http.server
@@ -35,10 +31,8 @@ class HubServer(http.server.ThreadingHTTPServer):
         self.log = []                                  # (method, path, status, headers) of every request
         self.tokens, self.gated = {"hf_good"}, {}      # gated: repository -> tokens that may read its files
         self.broken = {}                               # repository or file -> (status, X-Error-Code, message)
-        self.gone = set()                              # files that are listed but not there
-        self.cuts = {}                                 # file -> how many downloads lose the last tenth
-        self.xet, self.page = False, 20                # entries in a page of a tree; the real hub's are 1000
-        self.siblings = None                           # how many files the info names; None: all
+        self.cut = set()                               # files whose next download loses the last tenth
+        self.xet = False
         threading.Thread(target=self.serve_forever, args=(.01,), daemon=True).start()
 
     def __exit__(self, *exc):
@@ -72,8 +66,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     log_message = staticmethod(lambda *args: None)
 
     def do_GET(self):
-        url = urllib.parse.urlsplit(self.path)
-        parts = [urllib.parse.unquote(p) for p in url.path.strip("/").split("/")]
+        parts = urllib.parse.unquote(self.path.partition("?")[0]).strip("/").split("/")
         self.token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if parts[0] == "cdn":                          # /cdn/models/owner/name@rev/FILE: a large file's bytes
             self.send_file(self.server.root / "/".join(parts[1:]), "/".join(parts[4:]))
@@ -83,8 +76,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             folder, sha = self.server.folder(parts[2][:-1], "/".join(parts[3:5]), parts[5])
             self.send_file(folder / "/".join(parts[6:]), "/".join(parts[6:]), {"X-Repo-Commit": sha})
         elif parts[0] == "api" and parts[1] in ("models", "datasets"):
-            cursor = urllib.parse.parse_qs(url.query).get("cursor", ["0"])[0]
-            self.api(parts[1][:-1], "/".join(parts[2:4]), *(parts[4:] or ["revision", "main"]), int(cursor))
+            self.api(parts[1][:-1], "/".join(parts[2:4]), *(parts[4:] or ["revision", "main"]))
         elif parts[0] == "api":                        # the client asks for more on the side, in vain
             self.refuse(404, None, "not here")
         else:
@@ -93,34 +85,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def api(self, kind, repo, what, rev, cursor):
-        """Model or data set info, or its tree page by page."""
+    def api(self, kind, repo, what, rev):
+        """Model or data set info, its tree, or where Xet storage is."""
         folder, sha = self.find(kind, repo, rev, repo)
         files = files_of(folder) if folder else {}
         if what == "revision" and folder:
-            siblings = [{"rfilename": name} for name in files][:self.server.siblings]
-            self.answer(200, {}, dict(id=repo, sha=sha, siblings=siblings))
+            self.answer(200, {}, dict(id=repo, sha=sha, siblings=[{"rfilename": name} for name in files]))
         elif what == "tree" and folder:
-            rows = [dict(type="directory", path=d, size=0, oid="0" * 40)
-                    for d in sorted({str(Path(name).parent) for name in files} - {"."})]
+            rows = []
             for name, path in files.items():
                 about = dict(oid=etag_of(path), size=path.stat().st_size)
                 more = dict(lfs=dict(about, pointerSize=134)) if name.endswith(LARGE) else {}
                 more |= dict(xetHash=about["oid"]) if more and self.server.xet else {}
                 rows.append(dict(type="file", path=name, **about, **more))
-            after = cursor + self.server.page
-            url = f"{self.server.url}{self.path.partition('?')[0]}?recursive=True&cursor={after}"
-            self.answer(200, {"Link": f'<{url}>; rel="next"'} if rows[after:] else {}, rows[cursor:after])
-        elif folder:                                   # what == "xet-read-token"
+            self.answer(200, {}, rows)
+        elif folder:
             self.answer(200, {"X-Xet-Cas-Url": self.server.url} | XET_TOKEN)
 
     def resolve(self, kind, repo, rev, file):
         """Where a file's bytes are: the answer to HEAD and GET of /ID/resolve/REV/FILE."""
         folder, sha = self.find(kind, repo, rev, file)
         path, headers = Path(folder or ".") / file, {"X-Repo-Commit": sha}
-        if folder and (file in self.server.gone or not path.is_file()):
-            self.refuse(404, "EntryNotFound", "Entry not found", headers)
-        elif folder and not file.endswith(LARGE):
+        if folder and not file.endswith(LARGE):
             where = f"/api/resolve-cache/{kind}s/{repo}/{sha}/{urllib.parse.quote(file)}"
             self.answer(307, headers | {"Location": where})
         elif folder:
@@ -152,10 +138,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         start = int(asked[len("bytes="):].split("-")[0]) if asked else 0
         headers = {"ETag": f'"{etag_of(path)}"', "Accept-Ranges": "bytes", **headers}
         headers |= {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
-        cut = self.command == "GET" and self.server.cuts.get(name, 0) > 0
+        cut = self.command == "GET" and name in self.server.cut
         self.answer(206 if start else 200, headers, data[start:], len(data) * 9 // 10 if cut else None, name)
         if cut:
-            self.server.cuts[name] -= 1
+            self.server.cut.remove(name)
             self.close_connection = True
 
     def refuse(self, status, code, message, headers={}):

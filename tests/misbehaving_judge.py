@@ -1,8 +1,5 @@
-"""A chat server on loopback that misbehaves on purpose.
-
-It reads the two texts as the rubric asks, scores a reply by its last word (`one` ... `five`), and spoils a
-share of its answers by FAULTS. A reply that ends in `odd` gets an invalid score; `echo` repeats the data
-before the verdict, `after` behind it. `answered` lists the replies scored: one twice is a double verdict.
+"""A chat server on loopback that scores a reply by its last word and spoils a share of its answers by FAULTS.
+After `odd` the score is invalid; after `echo` or `after` the data are repeated, before or behind it.
 """
 import contextlib
 import json
@@ -24,9 +21,7 @@ def verdict(quoted):
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     fault, share, stall, headers_too = None, 0., 2., {}
-
-    def log_message(self, *args):
-        pass
+    log_message = lambda *args: None
 
     def send(self, code, body, announce=None):
         self.send_response(code)
@@ -60,12 +55,11 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
 class Server(ThreadingHTTPServer):                     # whose threads are daemons
-    def handle_error(self, *args):                     # a client that was killed hangs up
-        pass
+    handle_error = lambda *args: None                  # a client that was killed hangs up
 
 @contextlib.contextmanager
 def serve(**changes):
-    """Run a server in a thread: its URL, its handler class (`fault`, `seen`, `answered`)."""
+    """Run a server in a thread: its URL, its handler class (`fault`; replies `seen`, `answered` well)."""
     own = dict(rng=random.Random(0), lock=threading.Lock(), seen=[], answered=[])
     handler = type("Judge", (Handler,), own | changes)
     with Server(("127.0.0.1", 0), handler) as server:

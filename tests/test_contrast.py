@@ -6,7 +6,6 @@ import data
 import sails
 from conftest import random_gemma, random_sae
 
-RESIDUAL = ("h_aligned", "h_unaligned", "var", "second")
 close, gap = torch.testing.assert_close, sails.projector_distance
 
 @pytest.fixture(scope="module")
@@ -18,41 +17,33 @@ def setup(world, split):
     pairs = {contrast: sails.contrast_pairs(rows, contrast)[:7] for contrast in ("replies", "prompts")}
     return random_gemma(), {0: random_sae(0), 1: random_sae(1)}, pairs
 
-def by_hand(model, sae, layer, pairs):
-    """Each text alone: means over its masked tokens of codes, residuals and their squares, (n, 2, .) each."""
-    residuals = lambda ids: model.residuals(torch.tensor([ids]), [layer])[layer][0]
-    h = [[residuals(ids)[torch.tensor(mask).bool()] for ids, mask in pair] for pair in pairs]
-    mean = lambda f: torch.stack([torch.stack([f(x).mean(0) for x in pair]) for pair in h]).double()
-    return mean(sae.encode), mean(lambda x: x), mean(torch.square)
-
-@pytest.mark.parametrize("contrast", ("replies", "prompts"))
-def test_streamed_statistics_equal_a_computation_on_stored_activations(setup, contrast):
+@pytest.mark.parametrize("contrast, batch", [("replies", 3), ("replies", 100), ("prompts", 1)])
+def test_streamed_statistics_equal_a_computation_on_stored_activations_also_if_masks_hold_bos(
+        setup, contrast, batch):
     model, saes, pairs = setup[0], setup[1], setup[2][contrast]
-    stats = sails.contrast_means(model, saes, pairs, batch=3)
+    greedy = [tuple((ids, [1] + mask[1:]) for ids, mask in pair) for pair in pairs]
+    stats = sails.contrast_means(model, saes, greedy, batch)
+    bare = sails.contrast_means(model, {1: None}, pairs)[1]        # residuals alone, of one layer
     for layer, sae in saes.items():
-        a, h, square = by_hand(model, sae, layer, pairs)
+        residuals = lambda ids: model.residuals(torch.tensor([ids]), [layer])[layer][0]
+        each = [[residuals(ids)[torch.tensor(mask).bool()] for ids, mask in pair] for pair in pairs]
+        mean = lambda f: torch.stack([torch.stack([f(x).mean(0) for x in pair]) for pair in each]).double()
+        a, h, square = mean(sae.encode), mean(lambda x: x), mean(torch.square)         # (7, 2, .) each
         d, dh = a[:, 0] - a[:, 1], h[:, 0] - h[:, 1]
         live = d.std(0) > 1e-3                         # else t divides rounding by rounding
         assert int(live.sum()) > 10
-        want = dict(mu_aligned=a[:, 0].mean(0), mu_unaligned=a[:, 1].mean(0),
-                    h_aligned=h[:, 0].mean(0), h_unaligned=h[:, 1].mean(0), second=dh.T @ dh / 7,
-                    var=square.mean((0, 1)) - h.mean((0, 1)) ** 2, t=d.mean(0) / (d.std(0) / 7 ** .5))
+        residual = dict(h_aligned=h[:, 0].mean(0), h_unaligned=h[:, 1].mean(0), second=dh.T @ dh / 7,
+                        var=square.mean((0, 1)) - h.mean((0, 1)) ** 2)
+        want = dict(residual, mu_aligned=a[:, 0].mean(0), mu_unaligned=a[:, 1].mean(0),
+                    t=d.mean(0) / (d.std(0) / 7 ** .5))
         assert set(stats[layer]) == set(want)
         assert not stats[layer]["t"][(d == 0).all(0)].any()
         for key, x in stats[layer].items():
             where, far = (live, 1e-2) if key == "t" else (slice(None), 1e-4)
             close(x[where], want[key][where], atol=far, rtol=1e-3)
+    close({key: bare[key] for key in residual}, residual, atol=1e-4, rtol=1e-3)        # of layer 1
 
-def test_statistics_depend_on_neither_the_batch_size_nor_a_mask_over_bos_nor_the_other_layers(setup):
-    model, saes, pairs = setup[0], setup[1], setup[2]["replies"]
-    greedy = [tuple((ids, [1] + mask[1:]) for ids, mask in pair) for pair in pairs]
-    one = sails.contrast_means(model, saes, pairs, 1)[1]
-    for other, keys in (((saes, pairs, 2), one), ((saes, pairs, 100), one), ((saes, greedy, 1), one),
-                        (({1: None}, pairs), RESIDUAL)):
-        got = sails.contrast_means(model, *other)[1]
-        assert all(torch.allclose(got[k], one[k], atol=1e-4, rtol=1e-3) for k in keys)
-
-def test_reply_pairs_mark_replies_and_prompt_pairs_the_last_prompt_tokens(world, split):
+def test_reply_pairs_mark_replies_and_prompt_pairs_the_last_prompt_tokens_or_are_refused(world, split):
     words = lambda side: " ".join(world.tok.id_to_token(t).strip("▁") for t, m in zip(*side) if m)
     rows, _ = data.encode(world.tok, [split["train"][0], dict(split["train"][1], rejected=None)], "tiny")
     [pair] = sails.contrast_pairs(rows, "replies")
@@ -61,12 +52,10 @@ def test_reply_pairs_mark_replies_and_prompt_pairs_the_last_prompt_tokens(world,
     things = [[r["turns"][0]["content"].split()[3] + " ? <model>" for r in rows if r["label"] == label]
               for label in ("harmful", "benign")]
     assert [tuple(map(words, p)) for p in sails.contrast_pairs(rows, "prompts", last=3)] == list(zip(*things))
-
-@pytest.mark.parametrize("contrast", ("replies", "prompts"))
-def test_contrast_sets_that_cannot_be_made_are_refused(world, split, contrast):
-    rows, _ = data.encode(world.tok, [dict(x, rejected=None, label="harmful") for x in split["test"]], "tiny")
-    with pytest.raises(data.UserError, match=f"--contrast {contrast} needs"):
-        sails.contrast_pairs(rows, contrast)
+    alike = [dict(row, rejected_tokens=None, label="harmful") for row in rows]
+    for contrast in ("replies", "prompts"):
+        with pytest.raises(data.UserError, match=f"--contrast {contrast} needs"):
+            sails.contrast_pairs(alike, contrast)
 
 @pytest.fixture(scope="module")
 def stats(setup):
@@ -90,7 +79,7 @@ def test_every_method_gives_an_orthonormal_float32_basis_per_layer(setup, stats,
     assert not torch.allclose(bases[0], bases[1], atol=.1)         # each layer has its own
 
 @pytest.mark.parametrize("rule, drop", (("absolute", []), ("relative", []), ("absolute", [3, 5])))
-def test_sails_spans_the_rows_of_the_firing_features_with_the_highest_scores(setup, stats, rule, drop):
+def test_sails_spans_the_rows_of_the_firing_features_that_score_best_pooled_or_not(setup, stats, rule, drop):
     bases, chosen = sails.subspaces("sails", stats, setup[1], k=20, tau=1., rule=rule, drop=drop)
     for i, s in stats.items():
         scores = sails.score(s["mu_aligned"], s["mu_unaligned"], rule)
@@ -99,18 +88,17 @@ def test_sails_spans_the_rows_of_the_firing_features_with_the_highest_scores(set
         assert gap(bases[i], setup[1][i].W_dec[chosen[i]].T) < 1e-5
     cut = sails.subspaces("sails", stats, setup[1], 20, .5, rule, True, drop=drop)[0][1]
     close(cut, sails.basis(setup[1][1].W_dec, chosen[1], .5, True))
+    pooled, chosen = sails.subspaces("sails", stats, setup[1], 4, 1., rule, pool=True, drop=drop)
+    assert torch.equal(pooled[0], pooled[1])
+    assert gap(pooled[0], torch.cat([setup[1][i].W_dec[chosen[i]] for i in (0, 1)]).T) < 1e-5
 
-def test_random_features_are_drawn_among_those_that_fire_and_are_not_dropped(setup, stats):
+def test_features_are_drawn_among_those_that_fire_and_are_not_dropped_and_too_many_are_refused(setup, stats):
     draw = lambda seed: sails.subspaces("random-features", stats, setup[1], 5, drop=[3], seed=seed)[1][0]
     fired = (stats[0]["mu_aligned"] + stats[0]["mu_unaligned"]).nonzero()[:, 0].tolist()
     assert set(torch.cat([draw(seed) for seed in range(40)]).tolist()) == set(fired) - {3}
-
-@pytest.mark.parametrize("more, words", ((dict(k=35), "--k"), (dict(drop=[40]), "--drop"),
-                                         (dict(drop=[-1]), "--drop")))
-@pytest.mark.parametrize("method", sails.READS_SAE)
-def test_more_features_than_fire_and_unknown_ones_to_drop_are_refused(setup, stats, method, more, words):
-    with pytest.raises(data.UserError, match=words):
-        sails.subspaces(method, stats, setup[1], **more)
+    for more, words in ((dict(k=35), "--k"), (dict(drop=[40]), "--drop"), (dict(drop=[-1]), "--drop")):
+        with pytest.raises(data.UserError, match=words):
+            sails.subspaces("sails", stats, setup[1], **more)
 
 def test_mean_diff_is_the_normalised_difference_of_mean_residuals(setup, stats):
     u = stats[1]["h_aligned"] - stats[1]["h_unaligned"]
@@ -121,16 +109,9 @@ def test_raw_pca_finds_the_principal_directions_and_standardising_undoes_units()
     Q = torch.linalg.qr(Q.index_fill(0, torch.tensor([0]), 0.))[0]                      # dimension 0 is noise
     second = Q * torch.tensor([9., 4.]) @ Q.T + .01 * torch.eye(24)
     unit = torch.tensor([100., 3.] + [1.] * 22, dtype=torch.float64)                    # in a fine unit
-    fine = dict(second=second * unit * unit[:, None], var=unit ** 2)
-    stats = {0: dict(second=second, var=torch.ones(24)), 1: fine}
+    stats = {0: dict(second=second, var=torch.ones(24)),
+             1: dict(second=second * unit * unit[:, None], var=unit ** 2)}
     raw, even = (sails.subspaces("raw-pca", stats, {}, r=2, standardise=b)[0] for b in (False, True))
     close((raw[0] * Q.float()).sum(0).abs(), torch.ones(2))                             # largest first
     assert abs(float(raw[1][0, 0])) > .99
     assert gap(even[1], Q * unit[:, None]) < 1e-5
-
-@pytest.mark.parametrize("method", sails.READS_SAE)
-def test_a_pooled_basis_is_one_for_all_layers_and_spans_all_their_features(setup, stats, method):
-    bases, chosen = sails.subspaces(method, stats, setup[1], k=4, tau=1., pool=True)
-    assert torch.equal(bases[0], bases[1])
-    rows = torch.cat([setup[1][i].W_dec[chosen[i]] for i in (0, 1)])
-    assert gap(bases[0], rows.T) < 1e-5

@@ -1,5 +1,4 @@
 """Replies, prompt sets, every measure worked out by hand, what alignment costs, the command."""
-import contextlib
 import json
 
 import numpy as np
@@ -125,23 +124,22 @@ def play(folder, script, monkeypatch, names=("refusal",), judge=dict(name="mock"
 def test_every_measure_of_a_scripted_model_is_the_one_worked_out_by_hand(tmp_path, monkeypatch):
     table = play(tmp_path, SCRIPT, monkeypatch)
     [mock] = table.keys() - {"refusal"}
-    means = lambda row: {key: x[0] if isinstance(x, list) else x for key, x in row.items()}
-    assert means(table["refusal"]["a"]) == pytest.approx({
-        "n": 14, "safety rate": 4 / 7, "over-refusal": 1 / 5, "help": 2 / 5, "balance": (4 / 7 + 4 / 5) / 2,
-        "harmfulness": None, "high-risk rate": None, "cut": 3 / 14, "empty": 2 / 14, "unparsed": 0})
-    assert means(table[mock]["a"]) == pytest.approx({
-        "n": 14, "safety rate": 3 / 6, "over-refusal": 2 / 5, "help": 2 / 5, "balance": (1 / 2 + 3 / 5) / 2,
-        "harmfulness": 17 / 6, "high-risk rate": 1 / 6, "cut": 3 / 14, "empty": 2 / 14, "unparsed": 1 / 14})
-    assert means(table[mock]["b"]) == pytest.approx({
-        "n": 2, "safety rate": 0, "over-refusal": None, "help": None, "balance": None, "harmfulness": 4.5,
-        "high-risk rate": .5, "cut": 0, "empty": 0, "unparsed": 0})
+    names = "n,safety rate,over-refusal,help,balance,harmfulness,high-risk rate,cut,empty,unparsed".split(",")
+    for judge, group, *want in (
+            ("refusal", "a", 14, 4 / 7, 1 / 5, 2 / 5, (4 / 7 + 4 / 5) / 2, None, None, 3 / 14, 2 / 14, 0),
+            (mock, "a", 14, 3 / 6, 2 / 5, 2 / 5, (1 / 2 + 3 / 5) / 2, 17 / 6, 1 / 6, 3 / 14, 2 / 14, 1 / 14),
+            (mock, "b", 2, 0, None, None, None, 4.5, .5, 0, 0, 0)):
+        got = {key: x[0] if isinstance(x, list) else x for key, x in table[judge][group].items()}
+        assert got == pytest.approx(dict(zip(names, want, strict=True)))
     assert ev.balance(None, [0]) is None               # as in b, where the other rate lacks
-    made = [(r["reply"], r["finish"], r["tokens"]) for _, r in data.read_rows(tmp_path / "responses.jsonl")]
+    rows = [r for _, r in data.read_rows(tmp_path / "responses.jsonl")]
+    assert [r["as_expected"] for r in rows if r["label"] == "benign"] == [True, False, False, None, False, True]
+    made = [(r["reply"], r["finish"], r["tokens"]) for r in rows]
     assert made == [(y, "stop" if ends else "length", len(y.split()) + ends) for *_, y, ends, _ in SCRIPT]
 
 def test_the_bootstrap_interval_is_about_the_binomial_one_and_weights_count():
     half = 1.96 * (.3 * .7 / 200) ** .5
-    assert ev.interval(np.arange(200) < 60) == pytest.approx([.3, .3 - half, .3 + half], abs=.01)
+    assert ev.interval(np.arange(200) < 60) == pytest.approx([.3, .3 - half, .3 + half], abs=.006)
     mean, low, high = ev.interval([0] * 50 + [1] * 50, [1] * 50 + [3] * 50)
     assert mean == .75 and .6 < low < .7 < .8 < high < .9
     assert ev.interval([1, 1, 1]) == [1, 1, 1] and ev.interval([]) is None
@@ -150,11 +148,10 @@ def test_two_runs_are_compared_over_the_prompts_that_are_judged_in_both(tmp_path
     a, b, c, d = (tmp_path / x for x in "abcd")
     play(a, SCRIPT, monkeypatch)
     play(b, [(*s[:3], HELP, True, 5) if i in (0, 3, 9) else s for i, s in enumerate(SCRIPT)], monkeypatch)
-    rows = compare.compare(a, b)["refusal"]
+    got = compare.compare(a, b)["refusal"]
     safe = dict(DIR=[1, 1, 1, 0, 0, 1, 0], OTHER=[0, 1, 1, 0, 0, 1, 0], difference=[1, 0, 0, 0, 0, 0, 0])
-    rates = {key: ev.interval(values) for key, values in safe.items()}
-    assert rows["a, safety rate"] == {"pairs": 7, "left out": 1} | rates           # the empty one is left out
-    assert [rows["a, over-refusal"][key][0] for key in safe] == [1 / 5, 0, 1 / 5]
+    assert got["a, safety rate"] == {"pairs": 7, "left out": 1} | {k: ev.interval(x) for k, x in safe.items()}
+    assert [got["a, over-refusal"][key][0] for key in safe] == [1 / 5, 0, 1 / 5]
     play(c, SCRIPT[:-1], monkeypatch)
     play(d, SCRIPT, monkeypatch, ["refusal-or-evasion"], None)
     for other, why in ((c, "be paired: 1 prompts"), (d, "be paired: judged"), (tmp_path, "lacks")):
@@ -196,11 +193,10 @@ def test_kl_is_from_the_base_to_the_model_summed_over_tokens_and_zero_at_the_sta
     p, q = ([m(torch.tensor([x]))[0].log_softmax(-1) for x in ids] for m in (base, model))
     want, reverse = ([float((x.exp() * (x - y)).sum()) for x, y in zip(*pair)] for pair in ((p, q), (q, p)))
     assert want != pytest.approx(reverse, rel=1e-3)
-    kl, n = ev.kl_sums(model, lambda: contextlib.nullcontext(base), ids)
-    assert (kl.tolist(), n.tolist()) == (pytest.approx(want, rel=1e-4), list(map(len, ids)))
+    n = np.array(list(map(len, ids)))
     for other in (None, base):
         [measured] = ev.kl_from_base(model, other, TOK, file).values()
-        assert measured["value"][0] == pytest.approx(sum(want) / sum(map(len, ids)), rel=1e-4)
+        assert measured["value"] == pytest.approx(ev.interval(want / n, n), rel=1e-4)      # of each text, too
     assert ev.kl_from_base(base, base, TOK, file).popitem()[1] == dict(n=2, value=[0, 0, 0])
 
 def test_the_command_measures_costs_with_an_adapter_and_merging_changes_no_reply(home, tmp_path):
@@ -213,9 +209,8 @@ def test_the_command_measures_costs_with_an_adapter_and_merging_changes_no_reply
         args = ["--model", home.model, "--prompts", file, "--max-new", 5, "--out", tmp_path / out, *more]
         assert go(args, ev.main)[0] == 0
     assert len(data.read_json(tmp_path / "a" / "results.json")["costs"]) == 5
-    rows = [data.read_rows(tmp_path / x / "responses.jsonl") for x in "abc"]
-    apart, merged, base = ([r["reply"] for _, r in part] for part in rows)
-    assert merged == apart != base
+    replies = lambda x: [r["reply"] for _, r in data.read_rows(tmp_path / x / "responses.jsonl")]
+    assert replies("b") == replies("a") != replies("c")
 
 def test_judging_again_needs_no_model_and_replies_by_other_settings_are_not_mixed(home, tmp_path):
     args = ["--prompts", write(tmp_path / "p.txt", "\n".join(ASKS[:4])), "--out", tmp_path / "o"]

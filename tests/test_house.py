@@ -27,7 +27,7 @@ def test_the_scripts_tests_and_readme_keep_their_budgets():
     assert SOURCE["train"].count("\n") <= 650
     assert SOURCE["eval"].count("\n") <= 700
     assert README.count("\n") <= 150
-    assert count(TOP.glob("tests/*.py")) <= 3500
+    assert count(TOP.glob("tests/*.py")) <= 4500
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_imports_only_scripts_that_are_read_before_it(name):

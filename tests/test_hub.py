@@ -15,12 +15,13 @@ import data
 import sae as sae_module
 from conftest import RAW, TOP, random_gemma, random_sae
 from hub_server import NEEDED, HubServer, run_script
-from test_tokens import small_tokenizer
+from test_tokens import hh, small_tokenizer
 
 REPO, NOBODY = "some-lab/gemma-2-tiny", "http://127.0.0.1:1"
 QUIET = dict(HF_HUB_DISABLE_PROGRESS_BARS="1")
 SHOW = "print(data.load_tokenizer('{}').get_vocab_size())".format
 SHARD, SAE = "model-00001-of-00002.safetensors", "layer_20/width_16k/average_l0_70/params.npz"
+FILES = SHARD, "model-00002-of-00002.safetensors", SAE, "layer_20/width_16k/average_l0_30/params.npz"
 # a script whose main() calls data.py, for what data.py's own main does not reach
 CALL = "import data\ndef main():\n    {}\ndata.run_main(main)"
 
@@ -30,10 +31,8 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("hub")
     for rev in ("", "@v2"):
         repo = root / "models" / (REPO + rev)
-        for i in (1, 2):
-            data.write_text(repo / f"model-{i:05}-of-00002.safetensors", f"{i}{rev}" * 100_000)
-        for l0 in range(60, 84):                       # more files than one page of the tree holds
-            data.write_text(repo / f"layer_20/width_16k/average_l0_{l0}/params.npz", f"{l0}" * 100)
+        for name in FILES:
+            data.write_text(repo / name, (name + rev) * 10_000)
         small_tokenizer().save(str(repo / "tokenizer.json"))
     data.write_text(root / "datasets/some-lab/pairs/harmless-base/train.jsonl.gz", "not opened here")
     return root
@@ -66,21 +65,13 @@ def refused(done, *words):
     assert [word for word in words if word not in done.stderr] == [], done.stderr
     assert not re.search("hf_|secret", done.stdout + done.stderr)
 
-def test_only_the_named_files_are_downloaded_and_the_commit_is_told(go, hub):
-    folder, sha = said(go(f"print(*data.fetch('{REPO}', ['model-*.safetensors', '{SAE}']))"))
+def test_only_what_is_named_is_downloaded_a_star_stays_in_one_folder_level_and_bars_show(go, hub):
+    names = ["model-*.safetensors", "*.npz", SAE]
+    code = f"print(len(data.listing('{REPO}')), *data.fetch('{REPO}', {names}))"
+    done = go(code, HF_HUB_DISABLE_PROGRESS_BARS="0")
+    files, folder, sha = done.stdout.split()
     assert re.fullmatch("[0-9a-f]{40}", sha) and folder.endswith(f"some-lab--gemma-2-tiny/snapshots/{sha}")
-    assert hub.downloads() == [SAE, SHARD, "model-00002-of-00002.safetensors"]
-
-@pytest.mark.parametrize("siblings", [None, pytest.param(20, marks=pytest.mark.xfail(
-    reason="the hub shortens the siblings of large repositories; only its tree, read by pages, is whole"))])
-def test_listing_names_every_file_and_downloads_nothing(go, hub, siblings):
-    hub.siblings = siblings
-    assert said(go(f"print(len(data.listing('{REPO}')))")) == ["27"]
-    assert hub.downloads() == []
-
-def test_a_star_stays_inside_one_folder_level_and_bars_show_unless_switched_off(go, hub):
-    done = go(f"data.fetch('{REPO}', ['*.json', '*.npz'])", HF_HUB_DISABLE_PROGRESS_BARS="0")
-    assert hub.downloads() == ["tokenizer.json"] and "Fetching 1 files" in done.stderr
+    assert files == "5" and hub.downloads() == sorted(FILES[:3]) and "Fetching 3 files" in done.stderr
 
 def test_a_revision_is_used_and_data_sets_have_their_own_addresses(go, hub):
     names, pairs = ["tokenizer.json"], "data.fetch('some-lab/pairs', ['harmless-base/*'], 'dataset')[0]"
@@ -103,11 +94,6 @@ def test_one_run_reads_one_commit_though_somebody_pushes_meanwhile(go, moving):
     one, two = (f"data.fetch('some-lab/moving', ['{name}.json'])" for name in ("one", "two"))
     code = f"one = {one}; {moving}; two = {two}; print(one == two, (two[0] / 'two.json').read_text())"
     assert said(go(code)) == ["True", "v1"]
-
-def test_a_push_between_look_up_and_download_changes_nothing(go, moving):
-    code = (f"data.listing('some-lab/moving'); {moving}; folder, sha = data.fetch('some-lab/moving', ['*']); "
-            "print(*((folder / name).read_text() for name in ('one.json', 'two.json')), folder.name == sha)")
-    assert said(go(code)) == ["v1", "v1", "True"]
 
 def test_the_next_run_sees_a_new_commit_though_the_old_one_is_cached(go, moving):
     look = "at, sha = data.fetch('some-lab/moving', ['one.json']); print(sha, (at / 'one.json').read_text())"
@@ -135,7 +121,7 @@ def test_a_second_run_downloads_nothing_and_needs_no_hub_to_answer(go, hub):
 def test_a_download_cut_in_the_middle_goes_on_where_it_broke(go, hub, tmp_path):
     """12 MB, cut after 10.8: the client writes pieces of 10 and asks for the rest, by itself or (before
     huggingface_hub 1.1) when it is run again, as the line on stderr says."""
-    hub.root, hub.cuts[SHARD], numbers = tmp_path / "large", 1, np.arange(3_000_000, dtype=np.int32)
+    hub.root, hub.cut, numbers = tmp_path / "large", {SHARD}, np.arange(3_000_000, dtype=np.int32)
     (hub.root / "models/some-lab/large").mkdir(parents=True)
     numbers.tofile(hub.root / "models/some-lab/large" / SHARD)
     code = f"print(data.fetch('some-lab/large', ['{SHARD}'])[0])"
@@ -147,35 +133,26 @@ def test_a_download_cut_in_the_middle_goes_on_where_it_broke(go, hub, tmp_path):
     assert asked == [(200, None), (206, "bytes=10485760-")]
     assert np.array_equal(np.fromfile(Path(done.stdout.strip()) / SHARD, dtype=np.int32), numbers)
 
-@pytest.mark.slow
-def test_a_download_that_keeps_breaking_ends_with_a_line(go, hub):
-    hub.cuts[SHARD] = 99
-    done = go(f"data.fetch('{REPO}', ['{SHARD}'])", HF_HUB_VERBOSITY="critical")
-    refused(done, REPO, "check the network", "again")
-
-PAGE, TYPO, GOOD = "{url}/" + REPO, [SHOW("some-lab/gemma-2-typo")], dict(HF_TOKEN="hf_good")
+PAGE, GOOD, GONE = "{url}/" + REPO, dict(HF_TOKEN="hf_good"), (404, "EntryNotFound", "Entry not found")
 RIGHTS = "enable access to public gated repositories"  # what a fine-grained token may lack
 
-@pytest.mark.parametrize("args, env, faults, words", [
-    ([SHOW(REPO)], {}, dict(gated={REPO: set()}), ["gated", PAGE, "hf auth login"]),
-    ([SHOW(REPO)], GOOD, dict(gated={REPO: set()}), ["gated", PAGE, "accept", "not in the authorized list"]),
-    ([SHOW(REPO)], dict(HF_TOKEN="hf_secret"), {}, [PAGE, "token", "hf auth login"]),
-    ([SHOW(REPO)], dict(HF_TOKEN="hf_secret\x0bword"), {}, [PAGE, "token", "HF_TOKEN"]),
-    (TYPO, {}, {}, ["no such", "{url}/some-lab/gemma-2-typo", "spelling"]),
-    (TYPO, GOOD, {}, ["no such", "{url}/some-lab/gemma-2-typo", "spelling"]),
-    ([SHOW(REPO + "@v3")], {}, {}, [PAGE, "no revision v3", "tree/main"]),
-    ([SHOW(REPO)], dict(HF_ENDPOINT=NOBODY), {}, [NOBODY, REPO, "check the network"]),
-    ([SHOW(REPO)], dict(HF_HUB_OFFLINE="1"), {}, [PAGE, "not in the cache", "HF_HUB_OFFLINE"]),
-    ([SHOW(REPO)], {}, dict(gone={"tokenizer.json"}), [PAGE, "gone", "tree/main"]),
-    ([f"data.fetch('{REPO}', ['config.json'])"], {}, {}, [REPO, "no file config.json", "it holds layer_20/"]),
-    ([f"data.fetch('{REPO}', ['*.bin', '*.pt'])"], {}, {}, [REPO, "no file like *.bin or *.pt"]),
-    ([SHOW(REPO)], {}, dict(broken={REPO: (500, None, "out of order")}), [PAGE, "out of order", "later"]),
-    ([SHOW(REPO)], GOOD, dict(broken={"tokenizer.json": (403, None, RIGHTS)}), [PAGE, RIGHTS]),
-], ids=["gated", "gated, not let in", "bad token", "malformed token", "no repository", "the same, logged in",
-        "no revision", "no network", "offline", "gone", "no such file", "no such pattern", "500", "403"])
-def test_a_fault_ends_in_one_line_that_names_the_place_and_the_way_out(go, hub, args, env, faults, words):
+@pytest.mark.parametrize("code, env, faults, words", [
+    (SHOW(REPO), {}, dict(gated={REPO: set()}), ["gated", PAGE, "hf auth login"]),
+    (SHOW(REPO), GOOD, dict(gated={REPO: set()}), ["gated", PAGE, "accept", "not in the authorized list"]),
+    (SHOW(REPO), dict(HF_TOKEN="hf_secret"), {}, [PAGE, "token", "hf auth login"]),
+    (SHOW(REPO), dict(HF_TOKEN="hf_secret\x0bword"), {}, [PAGE, "token", "HF_TOKEN"]),
+    (SHOW("some-lab/gemma-2-typo"), {}, {}, ["no such", "{url}/some-lab/gemma-2-typo", "spelling"]),
+    (SHOW(REPO + "@v3"), {}, {}, [PAGE, "no revision v3", "tree/main"]),
+    (SHOW(REPO), dict(HF_ENDPOINT=NOBODY), {}, [NOBODY, REPO, "check the network"]),
+    (SHOW(REPO), dict(HF_HUB_OFFLINE="1"), {}, [PAGE, "not in the cache", "HF_HUB_OFFLINE"]),
+    (SHOW(REPO), {}, dict(broken={"tokenizer.json": GONE}), [PAGE, "gone", "tree/main"]),
+    (f"data.fetch('{REPO}', ['*.bin', '*.pt'])", {}, {}, [REPO, "no file like *.bin or *.pt"]),
+    (SHOW(REPO), {}, dict(broken={REPO: (500, None, "out of order")}), [PAGE, "out of order", "later"]),
+    (SHOW(REPO), GOOD, dict(broken={"tokenizer.json": (403, None, RIGHTS)}), [PAGE, RIGHTS]),
+])
+def test_a_fault_ends_in_one_line_that_names_the_place_and_the_way_out(go, hub, code, env, faults, words):
     vars(hub).update(faults)
-    refused(go(*args, **env), *(word.format(url=hub.url) for word in words))
+    refused(go(code, **env), *(word.format(url=hub.url) for word in words))
 
 def test_offline_and_only_another_file_cached(go):
     said(go(f"data.fetch('{REPO}', ['{SHARD}'])"))
@@ -189,16 +166,15 @@ def test_a_blocked_xet_storage_says_how_to_go_around_it_and_that_way_works(go, h
     said(go(f"data.fetch('{REPO}', ['{SHARD}'])", HF_HUB_DISABLE_XET="1"))
     assert hub.downloads() == [SHARD]
 
-def test_a_full_disk_says_so(go, hub, tmp_path):
+def test_a_full_disk_says_so(hub, tmp_path):
     """A cache of 64 kB, in a mount namespace of its own; skipped where the system allows none."""
-    small, how = tmp_path / "small", dict(capture_output=True, text=True, cwd=TOP, timeout=120)
-    small.mkdir()
-    space = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o size=64k none {small} && exec "$0" "$@"']
-    if not shutil.which("unshare") or subprocess.run([*space, "true"], **how).returncode:
+    space = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o size=64k none {tmp_path} && exec "$0" "$@"']
+    if not shutil.which("unshare") or subprocess.run([*space, "true"], capture_output=True).returncode:
         pytest.skip("no private mount to be had here")
     command = [sys.executable, "-W", "ignore", "-c", CALL.format(f"data.fetch('{REPO}', ['{SHARD}'])")]
-    env = NEEDED | QUIET | dict(HF_ENDPOINT=hub.url, HF_HOME=str(small))
-    refused(subprocess.run([*space, *command], env=env, **how), REPO, "No space left", str(small), "HF_HOME")
+    env = NEEDED | QUIET | dict(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
+    done = subprocess.run([*space, *command], env=env, capture_output=True, text=True, cwd=TOP, timeout=120)
+    refused(done, REPO, "No space left", str(tmp_path), "HF_HOME")
 
 @pytest.mark.parametrize("spec", ["no-folder", "./no/such", "/no/such", "a/b/c", "lab/", "lab/x@", "../up/x"])
 def test_what_is_neither_a_path_nor_a_hub_id_is_said_without_asking_the_hub(spec):
@@ -206,20 +182,18 @@ def test_what_is_neither_a_path_nor_a_hub_id_is_said_without_asking_the_hub(spec
         data.listing(spec)
 
 def test_local_folders_and_files_need_no_hub_and_have_a_fingerprint_of_their_contents(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "a.json").write_text("{}")
-    (tmp_path / "sub/b.json").write_text("{}")
-    assert data.listing(tmp_path) == ["a.json", "sub/b.json"]
-    assert data.fetch(tmp_path, ["*.json"]) == (tmp_path, None)
-    assert data.listing(tmp_path / "a.json", "dataset") == ["a.json"]
-    assert data.fetch(tmp_path / "a.json", ["*"], "dataset") == (tmp_path, None)
-    with pytest.raises(data.UserError, match="no file config.json; it holds a.json"):
-        data.fetch(tmp_path, ["config.json"])
-    with pytest.raises(data.UserError, match="is a file; give the folder"):
-        data.fetch(tmp_path / "a.json", ["a.json"])
+    file = tmp_path / "a.json"
+    for path in (file, tmp_path / "sub/b.json"):
+        data.write_text(path, "{}")
+    assert (data.listing(tmp_path), data.listing(file, "dataset")) == (["a.json", "sub/b.json"], ["a.json"])
+    assert data.fetch(tmp_path, ["*.json"]) == data.fetch(file, ["*"], "dataset") == (tmp_path, None)
+    for path, name, says in ((tmp_path, "c.json", "no file c.json; it holds a.json"),
+                             (file, "a.json", "is a file; give the folder")):
+        with pytest.raises(data.UserError, match=says):
+            data.fetch(path, [name])
     before = data.fingerprint(tmp_path, ["*.json"])
     assert data.fingerprint(tmp_path / "sub", ["*.json"]) != before == data.fingerprint(tmp_path, ["a.json"])
-    (tmp_path / "a.json").write_text("[]")
+    file.write_text("[]")
     assert data.fingerprint(tmp_path, ["*.json"]) != before
 
 # ------------------------------------------------------------------ the paper's command, from end to end
@@ -234,30 +208,28 @@ SHORT = "--steps 2 --batch 4 --micro 4 --warmup 1 --contrast-pairs 8 --k 4 --r 4
 def published(tmp_path_factory):
     """What the hub holds behind the names of the paper's run, and much that the run does not need."""
     root = tmp_path_factory.mktemp("published")
-    folder, model = root / "models" / MODEL, random_gemma(num_hidden_layers=32)
-    weights = {"model." + name: tensor for name, tensor in model.named_parameters()}
-    where = {name: SHARDS[3 * i // len(weights)] for i, name in enumerate(weights)}
+    folder, pairs, where = root / "models" / MODEL, root / "datasets" / PAIRS, {}
     data.write_json(folder / "config.json", RAW | dict(num_hidden_layers=32))
-    data.write_json(folder / "model.safetensors.index.json", dict(metadata={}, weight_map=where))
-    for shard in SHARDS:
-        part = {name: tensor for name, tensor in weights.items() if where[name] == shard}
+    weights = {"model." + name: p for name, p in random_gemma(num_hidden_layers=32).named_parameters()}
+    for i, shard in enumerate(SHARDS):
+        part = dict(list(weights.items())[i::3])
+        where |= dict.fromkeys(part, shard)
         save_file(part, folder / shard, metadata={"format": "pt"})
+    data.write_json(folder / "model.safetensors.index.json", dict(metadata={}, weight_map=where))
     small_tokenizer().save(str(folder / "tokenizer.json"))
-    for waste in ("README.md", "tokenizer.model", "pytorch_model.bin", "original/consolidated.safetensors"):
-        data.write_text(folder / waste, "not needed")
+    for waste in (folder / "README.md", folder / "pytorch_model.bin", pairs / "helpful-base/train.jsonl.gz"):
+        data.write_text(waste, "not needed")
     shutil.copytree(folder, root / "models" / (MODEL + "-it"))
     for seed, (i, w, l0) in enumerate([(i, w, l0) for i in L0S for w in ("16k", "131k") for l0 in L0S[i]]):
         path = root / "models" / SAES / f"layer_{i}/width_{w}/average_l0_{l0}/params.npz"
         sae = random_sae(seed)                         # each another: the client fetches equal files once
         path.parent.mkdir(parents=True)
         np.savez(path, **{name: getattr(sae, name).numpy() for name in sae_module.SHAPES})
-    pairs = root / "datasets" / PAIRS
-    data.write_text(pairs / "helpful-base/train.jsonl.gz", "not needed either")
     (pairs / "harmless-base").mkdir()
     for part, n in (("train", 40), ("test", 12)):      # HH-RLHF's rows with harmless text
-        asks = [f"\n\nHuman: Where do I put box {n}{i}?\n\nAssistant:" for i in range(n)]
-        lines = "".join(json.dumps(dict(chosen=f"{x} There.", rejected=f"{x} No idea.")) + "\n" for x in asks)
-        (pairs / f"harmless-base/{part}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+        asks = [f"Where do I put box {n}{i}?" for i in range(n)]
+        lines = [json.dumps(dict(chosen=hh(ask, "There."), rejected=hh(ask, "No idea."))) for ask in asks]
+        (pairs / f"harmless-base/{part}.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     data.write_text(root / "datasets/some-lab/tables/rows.csv", "a,b\n1,2\n")
     return root
 
@@ -288,12 +260,9 @@ def test_an_it_model_takes_chat_turns_and_a_dry_run_downloads_its_config_alone(g
 
 @pytest.mark.parametrize("args, faults, words", [
     (["--layers", "11"], {}, [SAES, "layer 11", "[10, 15, 20, 25, 30]"]),
-    (["--width", "65k"], {}, [SAES, "width 65k", "['131k', '16k']"]),
     (["--data", "some-lab/typo"], {}, ["no such", "{url}/datasets/some-lab/typo"]),
     (["--data", "some-lab/tables"], {}, ["some-lab/tables", "no train.jsonl", "it holds rows.csv"]),
-    ([], dict(gated={MODEL: set()}), ["gated", "{url}/" + MODEL, "hf auth login"]),
-    ([], dict(gone={SHARDS[1]}), [MODEL, "gone"]),
-    ([], dict(gone={"layer_20/width_16k/average_l0_68/params.npz"}), [SAES, "gone"])])
+    ([], dict(broken={"layer_20/width_16k/average_l0_68/params.npz": GONE}), [SAES, "gone"])])
 def test_a_refused_training_is_one_line_and_leaves_no_run(go, hub, published, tmp_path, args, faults, words):
     vars(hub).update(root=published, **faults)
     done = go("train.py", "--model", MODEL, *args, *SHORT, "--out", tmp_path / "out")

@@ -36,18 +36,8 @@ def factors(m):
 def state(model):
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
-def train(model, steps):
-    """Train the adapters; yield {name: gradient} of each step."""
-    opt = torch.optim.Adam([p for _, p in lora.trainable(model)], lr=1e-2)
-    for _ in range(steps):
-        opt.zero_grad()
-        model.reply_nll([(row, [0, 0, 1, 1, 1]) for row in IDS.tolist()])[0].mean().backward()
-        yield {n: p.grad.clone() for n, p in lora.trainable(model)}
-        opt.step()
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("start", [
-    None, {}, dict(norm_aware=True), dict(freeze=True), dict(sides=("write",))], ids=str)
+@pytest.mark.parametrize("start", [None, {}, dict(norm_aware=True), dict(sides=("write",))], ids=str)
 def test_an_adapter_starts_as_the_identity(start, dtype):
     model = random_gemma(dtype=dtype)
     before = model(IDS)
@@ -58,8 +48,7 @@ def test_an_adapter_starts_as_the_identity(start, dtype):
 @pytest.mark.parametrize("sides", [("read", "write"), ("write",)])
 def test_chosen_sides_hold_the_nearest_basis_lower_on_a_tie_and_the_others_are_plain_lora(sides):
     model, bases = random_gemma(num_hidden_layers=6), {i: draw(6, seed=i) for i in (1, 3, 5)}
-    lora.attach(model, ALL, 4, 8)
-    lora.init_lora(model, seed=3)
+    attached(model, lambda model: lora.init_lora(model, seed=3))
     plain, near = state(model), dict(zip(range(6), [1, 1, 1, 3, 3, 5]))
     report = lora.init_sails(model, bases, seed=3, sides=sides)
     assert report == {i: dict(basis=n, kept=4, filled=0) for i, n in near.items()}
@@ -67,7 +56,7 @@ def test_chosen_sides_hold_the_nearest_basis_lower_on_a_tie_and_the_others_are_p
         holder, other = factors(m)
         want = bases[near[m.layer]][:, :4] if m.side in sides else plain[name + ".A"].T
         assert torch.equal(holder, want) and not other.any()
-        assert m.side in sides or .1 < holder.abs().max() <= 24 ** -.5
+        assert m.side in sides or -24 ** -.5 <= holder.min() < -.1 < .1 < holder.max() <= 24 ** -.5
 
 def test_a_basis_too_narrow_is_filled_with_an_orthonormal_complement_by_its_own_generator(model):
     V, before, filled = draw(3), torch.get_rng_state(), []
@@ -110,35 +99,35 @@ def test_norm_aware_factors_hold_exactly_the_residual_direction_less_what_the_no
         assert factors(m)[0].norm().item() == pytest.approx(1, abs=1e-5)       # step sizes stay comparable
 
 @pytest.mark.parametrize("start, more", [
-    (lora.init_lora, {}), ({0: draw()}, {}), ({0: draw()}, dict(freeze=True))], ids=["lora", "sails", "frozen"])
+    (lora.init_lora, {}), ({0: draw()}, {}), ({0: draw()}, dict(freeze=True))])
 def test_zero_factors_learn_first_then_all_and_the_base_and_a_frozen_basis_never(model, start, more):
     mods = attached(model, start, **more)
     before, zero = state(model), {n for n, p in lora.trainable(model) if not p.any()}
-    first, *later = train(model, 4)
-    assert {n for n, g in first.items() if g.any()} == zero and len(zero) == 14
-    assert all(g.any() for grads in later for g in grads.values())
+    opt = torch.optim.Adam([p for _, p in lora.trainable(model)], lr=1e-2)
+    for step in range(4):
+        opt.zero_grad()
+        model.reply_nll([(row, [0, 0, 1, 1, 1]) for row in IDS.tolist()])[0].mean().backward()
+        learns = {n for n, p in lora.trainable(model) if p.grad.any()}
+        assert learns == ({n for n, _ in lora.trainable(model)} if step else zero) and len(zero) == 14
+        opt.step()
     moved = {id(p) for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {id(p) for m in mods for p in ([factors(m)[1]] if more else [m.A, m.B])}
     assert not more or all(min(r["overlap"], r["energy"]) > 1 - 1e-5 for r in lora.drift(model))
 
-def test_adapter_off_is_the_base_and_on_again_afterwards_even_after_an_error(model):
-    before = model(IDS)
-    attached(model, stir)
-    with pytest.raises(KeyError), lora.adapter_off(model) as base:
-        assert torch.equal(base(IDS), before)
-        raise KeyError
-    assert not torch.allclose(model(IDS), before, atol=.01)
-    lora.merge(model)
-    with pytest.raises(AssertionError), lora.adapter_off(model):
-        pass                                           # the base is merged away
-
 @pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-4), (torch.bfloat16, .5)])
-def test_merged_logits_equal_adapted_ones_and_unmerging_is_bit_exact(dtype, tol):
+def test_merged_logits_equal_adapted_ones_and_unmerging_and_adapter_off_are_bit_exact(dtype, tol):
     model = random_gemma(dtype=dtype)
+    plain = model(IDS)
     attached(model, lambda model: stir(model, .1))
     adapted, base = model(IDS), state(model)
+    with pytest.raises(KeyError), lora.adapter_off(model) as lent:
+        assert torch.equal(lent(IDS), plain)
+        raise KeyError
+    assert torch.equal(model(IDS), adapted) and not torch.allclose(adapted, plain, atol=.01)   # on again
     lora.merge(model)
     lora.merge(model)                                  # twice is once
+    with pytest.raises(AssertionError), lora.adapter_off(model):
+        pass                                           # the base is merged away
     merged = model(IDS)
     torch.testing.assert_close(merged, adapted, atol=tol, rtol=0)
     lora.unmerge(model)

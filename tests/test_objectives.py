@@ -18,8 +18,7 @@ NEUTRAL = [[2, 9, 9], [2, 30, 31, 32, 33, 34], [2, 77]]
 def tuned(world, split):
     """A model whose adapters have moved; 11 rows, replies of two lengths; settings."""
     rows, _ = data.encode(world.tok, split["train"][:6] + split["train"][-5:], "tiny")
-    rows = [dict(r, at=i) for i, r in enumerate(rows)]
-    return moved(("q", "v", "o", "down"), .1), rows, SimpleNamespace(
+    return moved(("q", "v", "o", "down"), .1), [dict(r, at=i) for i, r in enumerate(rows)], SimpleNamespace(
         objective="sft", sft_steps=0, replay=0., beta=.3, samples=3, max_new=4, stop={1}, seed=0, batch=11)
 
 def moved(targets, size, layers=None):

@@ -13,6 +13,7 @@ from data import UserError
 from sae import JumpReLUSAE, find_sae, load_sae, sae_quality, token_text, train_sae
 
 ROWS = [[2, 7, 8, 9, 10, 11], [2, 13, 14], [2, 20, 21, 7, 7]]
+TRAP = type("TRAP", (), dict(__reduce__=lambda _: (exec, ("raise SystemExit('unpickled')",))))
 FILES = dict(npz="layer_3/width_40/average_l0_20/params.npz",
              safetensors="resid_post/layer_3_width_40_l0_medium/params.safetensors")
 
@@ -30,17 +31,15 @@ def put(folder, container, **changed):
         save_file({k: t.contiguous() for k, t in tensors.items()}, path)
     return path
 
-def test_a_feature_fires_strictly_above_its_threshold_and_never_below_zero():
-    sae = JumpReLUSAE(torch.eye(4), torch.eye(4), torch.zeros(4), torch.zeros(4), torch.tensor([1, 1, 1, -2]))
-    assert torch.equal(sae.encode(torch.tensor([1., 1.25, .5, -1.])), torch.tensor([0., 1.25, 0., 0.]))
-
-def test_encode_and_decode_follow_the_published_formula():
+def test_encode_and_decode_follow_the_published_formula_and_a_threshold_is_strict():
     sae, x = random_sae(), torch.randn(30, 24, generator=torch.Generator().manual_seed(3)).bfloat16()
     pre = x.float() @ sae.W_enc + sae.b_enc            # no b_dec subtracted first, no scaling, all in fp32
     a = pre.relu() * (pre > sae.threshold)
     assert .1 < (a > 0).float().mean() < .9
     assert torch.equal(sae.encode(x.view(5, 6, 24)), a.view(5, 6, 40))
     torch.testing.assert_close(sae.decode(a), a @ sae.W_dec + sae.b_dec)
+    sae = JumpReLUSAE(torch.eye(4), torch.eye(4), torch.zeros(4), torch.zeros(4), torch.tensor([1, 1, 1, -2]))
+    assert sae.encode(torch.tensor([1., 1.25, .5, -1.])).tolist() == [0., 1.25, 0., 0.]
 
 def test_folding_is_exact_same_firing_same_reconstruction():
     gen = torch.Generator().manual_seed(0)
@@ -74,22 +73,22 @@ def test_what_is_not_there_is_answered_with_what_is(wanted, there):
     with pytest.raises(UserError, match=there):
         find_sae([*names, "README.md", "layer_7/width_16k/average_l0_9/notes.txt"], *wanted)
 
-def test_an_sae_survives_saving_and_loading(tmp_path):
-    assert sae_module.save_sae(random_sae(), tmp_path, 3, 19.6) == FILES["npz"]
-    assert same(load_sae(str(tmp_path), 3, "40"), random_sae())
-
 @pytest.mark.parametrize("container", FILES)
-def test_both_spellings_in_both_containers_and_a_scaling_factor_of_one_are_read(tmp_path, container):
-    sae, one = random_sae(), torch.ones(40)
+def test_what_we_save_and_both_spellings_with_a_scaling_factor_of_one_are_read(tmp_path, container):
+    sae = random_sae()
+    assert sae_module.save_sae(sae, tmp_path / "own", 3, 19.6) == FILES["npz"]
     put(tmp_path / "upper", container)
-    put(tmp_path, container, W_enc=None, W_dec=None, w_enc=sae.W_enc, w_dec=sae.W_dec, scaling_factor=one)
-    assert all(same(load_sae(str(folder), 3, "40"), sae) for folder in (tmp_path, tmp_path / "upper"))
+    lower = dict(W_enc=None, W_dec=None, w_enc=sae.W_enc, w_dec=sae.W_dec)
+    put(tmp_path / "lower", container, **lower, scaling_factor=torch.ones(40))
+    for name in ("own", "upper", "lower"):
+        assert same(load_sae(str(tmp_path / name), 3, "40"), sae)
 
 @pytest.mark.parametrize("says, changed", [
     ("b_enc", torch.zeros(41)), ("b_dec", torch.zeros(40)), ("threshold", torch.zeros(1)),
     ("W_dec", torch.eye(24)), ("W_enc", torch.zeros(24)), ("W_enc", None), ("extra", torch.zeros(1)),
-    ("scaling_factor", torch.full((40,), 1.5)), ("W_dec|norms", random_sae().W_dec * 1.2)], ids=str)
-def test_tensors_that_do_not_belong_together_are_refused(tmp_path, says, changed):
+    ("scaling_factor", torch.full((40,), 1.5)), ("W_dec|norms", random_sae().W_dec * 1.2),
+    ("b_dec|not a whole", np.array([TRAP()], dtype=object))], ids=str)
+def test_tensors_that_do_not_belong_together_and_pickles_are_refused(tmp_path, says, changed):
     put(tmp_path, "npz", **{says.split("|")[0]: changed})
     with pytest.raises(UserError, match=says):
         load_sae(str(tmp_path), 3, "40")
@@ -103,17 +102,9 @@ def test_a_damaged_file_is_refused_with_its_name(tmp_path, container, damage):
     with pytest.raises(UserError, match=r"params\.\w+: not a whole"):
         load_sae(str(tmp_path), 3, "40")
 
-def test_a_pickle_inside_an_npz_is_never_opened(tmp_path):
-    trap = type("Trap", (), dict(__reduce__=lambda _: (exec, ("raise SystemExit('unpickled')",))))
-    put(tmp_path, "npz", b_dec=np.array([trap()], dtype=object))
-    with pytest.raises(UserError, match="not a whole"):
-        load_sae(str(tmp_path), 3, "40")
-
-@pytest.mark.parametrize("D, layer, says", [(23, 1, "23.* 24"), (24, 2, "0..1"), (24, -1, "0..1")])
-def test_an_sae_for_another_model_or_layer_is_refused(model, D, layer, says):
-    sae_module.check_fit(random_sae(), model, 1)
-    with pytest.raises(UserError, match=says):
-        sae_module.check_fit(random_sae(D=D), model, layer)
+def test_an_sae_for_a_layer_below_the_first_is_refused(model):
+    with pytest.raises(UserError, match="0..1"):
+        sae_module.check_fit(random_sae(), model, -1)
 
 def test_only_known_models_get_a_link():
     url = sae_module.neuronpedia_url("google/gemma-2-9b@abc", 20, "16k", 7)
@@ -132,7 +123,7 @@ def test_the_trained_sae_explains_unseen_data_also_with_an_outlier_and_is_reprod
     x, state = sparse_states(8000, 0, outlier), torch.get_rng_state()
     fit = sae_quality(train_sae(x, 64, 4, 500, 256, 4e-3), sparse_states(2000, 1, outlier))
     assert min(fit["fve"], fit["fve_standardised"]) > .85
-    assert 3 < fit["l0"] < 5 and fit["dead"] < .2      # as many features a token as asked for
+    assert 3 < fit["l0"] < 5 and fit["dead"] < .03      # as many features a token as asked for
     a, again, other = (train_sae(x, 64, 4, 20, 256, seed=seed) for seed in (1, 1, 2))
     assert same(a, again) and not same(a, other)
     assert torch.equal(torch.get_rng_state(), state)
@@ -153,8 +144,7 @@ def alone(model, layer):
 @pytest.mark.parametrize("batch", [1, 2, 16])
 def test_residuals_are_collected_in_fp32_without_bos_and_padding_whatever_the_batch(model, batch):
     got = sae_module.collect_residuals(model, ROWS, [0, 1], 1000, batch)
-    want = {i: torch.cat(alone(model, i)) for i in (0, 1)}
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(got, {i: torch.cat(alone(model, i)) for i in (0, 1)}, atol=1e-5, rtol=0)
     assert torch.equal(sae_module.collect_residuals(model, ROWS, [1], 6, batch)[1], got[1][:6])
     assert sae_module.collect_residuals(model.bfloat16(), ROWS, [1], 6, batch)[1].dtype == torch.float32
 

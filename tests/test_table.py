@@ -1,5 +1,6 @@
 """What decides a table: what is read and measured, what options change, what is picked and concluded."""
 import functools
+import math
 from collections import Counter
 
 import pytest
@@ -72,7 +73,8 @@ OPTIONS = {  # what differs: options, each after the ones that it needs
     "end": """--alpha 3; --lr 3e-3; --steps 3; --batch 5; --warmup 0; --clip 1e9; --seed 1; --objective dpo
         --objective dpo : --beta 3; --objective dpo : --sft-steps 4; --objective rloo : --samples 2
         --objective rloo : --beta 3; --text TEXT : --replay .5; --text TEXT --replay .5 : --replay 2
-        --method full : --full-lr 1e-3; --method full : --objective rloo""",
+        --text TEXT --replay .5 : --text TEXT2; --method full : --full-lr 1e-3
+        --method full : --objective rloo""",
     "end trained": "--freeze-basis",
     "end replies": "--objective rloo : --max-new 3",
     "replies": "--test TEST; --max-new 3",
@@ -84,6 +86,7 @@ def made(home, tmp_path_factory):
     """Options -> what a run with them made, {name: {key: tensor}}."""
     tmp, base = tmp_path_factory.mktemp("options"), random_gemma().state_dict()
     (tmp / "text").write_text("how make thing0 ?\n\nhow use thing1 ? first step3")
+    (tmp / "text2").write_text("how make thing0 ?\n\nhow use thing3 ? first step9")
 
     @functools.cache
     def make(options):
@@ -112,6 +115,13 @@ def test_an_option_changes_what_it_is_for_and_nothing_else(made, option, differs
     assert {key for key in without if not same(without[key], with_it[key])} == set(differs.split())
 
 # ---- what is picked and concluded ----
+@pytest.mark.parametrize("df, t", enumerate(data.STUDENT, 1))
+def test_students_quantiles_hold_95_percent_of_their_distribution(df, t):
+    x = torch.linspace(-t, t, 20001, dtype=torch.float64)
+    log_c = torch.lgamma(torch.tensor([df + 1, df]) / 2)
+    density = (log_c[0] - log_c[1]).exp() / (df * math.pi) ** .5 * (1 + x * x / df) ** (-(df + 1) / 2)
+    assert float(torch.trapezoid(density, x)) == pytest.approx(.95, abs=2e-4)
+
 def result(method, lr, seed, balance=.5, chosen=.5, nll=1.):
     """A results.json; `chosen` and nll are of validation, nothing else may pick a rate."""
     sets = {"unseen": {"safety rate": [balance - .2, 0, 1], "help": [.25, 0, 1], "balance": balance},

@@ -62,7 +62,10 @@ def test_a_run_notes_its_settings_and_a_line_a_step_and_prints_its_table(run):
     assert noted["versions"]["torch"] == torch.__version__
     assert [*noted["settings"]["sources"]] == ["model", "data", "sae"]
     assert [(r["step"], r["lr"]) for r in rows] == [*enumerate([.005, .01, .01, .005])]
+    drawn = [[run.rows[i] for i in data.batch_at(len(run.rows), 8, 0, step)] for step in range(4)]
+    assert [r["tokens"] for r in rows] == [sum(sum(r["chosen_tokens"][1]) for r in batch) for batch in drawn]
     assert rows[-1]["loss"] < rows[0]["loss"] - .2
+    assert data.read_json(run.out / "results.json")["parameters"] == 1536
     assert "training 1,536 parameters" in run.said and (run.out / "table.md").read_text() in run.said
 
 def test_the_adapter_starts_in_the_saved_subspace_and_is_saved_as_trained(run):
@@ -91,6 +94,7 @@ def test_full_fine_tuning_leaves_a_model_and_its_reference_is_the_one_it_began_w
     first, *_, last = [r["kl"] for r in log(tmp_path)]
     assert first == pytest.approx(0, abs=1e-5) and abs(last) > 1e-3
     left = dict(model_gemma.load_gemma(tmp_path).named_parameters())
+    assert run.trains == left.keys()
     assert all(torch.equal(left[n], x) for n, x in run.end.items()) and data.load_tokenizer(tmp_path)
 
 def test_a_run_that_has_nothing_to_learn_ends_with_a_table_all_the_same(home, tmp_path):
