@@ -23,14 +23,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import HfApi, constants, errors, snapshot_download
-from huggingface_hub.utils import tqdm as progress  # honours the hub's switch for progress bars
+from huggingface_hub.utils import tqdm as progress  # honours the hub's switch for bars
 from tokenizers import Tokenizer
 
 PAD, EOS, BOS = 0, 1, 2  # the same ids in Gemma 2, Gemma 3 and the tiny world
 
 # ---- helpers ----
 class UserError(ValueError):
-    """Something only the user can mend: one line on stderr, exit code 2, no traceback."""
+    """What only the user can mend: one line on stderr, exit code 2, no traceback."""
 
 def need(condition, message, kind=UserError):
     """UserError unless the condition holds."""
@@ -39,7 +39,7 @@ def need(condition, message, kind=UserError):
 
 @contextlib.contextmanager
 def expecting(what, *kinds):
-    """Turn errors of these kinds, raised inside, into UserErrors that begin with `what`."""
+    """Turn errors of these kinds into UserErrors that begin with `what`."""
     try:
         yield
     except kinds as e:
@@ -90,7 +90,7 @@ def run_main(main):
         sys.exit(130)
 
 def note(line):
-    """Print one line on stderr."""
+    """Print a line on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 @contextlib.contextmanager

@@ -57,7 +57,7 @@ def adapters(model):
     return [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear)]
 
 def trainable(model):
-    """[(name, parameter)] of everything that gets a gradient."""
+    """[(name, parameter)] of all that gets a gradient."""
     return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
 
 # ---- attach and start ----

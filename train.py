@@ -254,7 +254,7 @@ def lead():
     return not dist.is_initialized() or dist.get_rank() == 0
 
 def together():
-    """Wait for the other processes."""
+    """Wait for all processes."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -537,7 +537,7 @@ def combinations(s, folder):
     return out
 
 def each(jobs, runs):
-    """Do the runs, `jobs` at a time in processes of one thread; yields after each, in order."""
+    """Do the runs, `jobs` at a time in processes of one thread; yields after each."""
     if jobs == 1:
         yield from map(quiet_run, runs)
     else:
@@ -605,7 +605,7 @@ def conclusion(results, title, rates):
     return f"{title}, {measure}: {means}. SAILS {verdict}."
 
 def report(folder, runs):
-    """Write and print the table of runs, read from their folders, and the chosen features."""
+    """Write and print the table of runs, read from their folders."""
     lines = table([data.read_json(Path(r.out) / "results.json") for r in runs])
     data.write_text(folder / "table.md", "\n".join(lines) + "\n")
     chosen = [Path(r.out) / "features.json" for r in runs if r.method == "sails"]

@@ -1,25 +1,17 @@
 """hub_server.py - a hub on loopback for tests: it answers huggingface_hub's client as the real one does.
 
 Serves ROOT/models/owner/name/FILES and ROOT/datasets/...; a folder `name@rev` is another revision of `name`.
-Small files are redirected to /api/resolve-cache/..., large ones to another host. Not copied: a tree's pages,
-and Xet storage: with hub.xet = True large files are said to lie there, and every request to it fails.
+Every file is redirected to another host, as the hub does with large ones. Not copied: a tree's pages, and Xet
+storage: with hub.xet = True files are said to lie there, and every request to it fails.
 """
 import hashlib
 import http.server
 import json
-import multiprocessing
-import os
-import runpy
-import sys
 import threading
 import urllib.parse
 from pathlib import Path
-from types import SimpleNamespace
-
-import torch
 
 XET_TOKEN = {"X-Xet-Access-Token": "xet", "X-Xet-Token-Expiration": "4102444800"}
-LARGE = (".safetensors", ".npz", ".gz")                # what the hub would keep in LFS and serve from its CDN
 
 class HubServer(http.server.ThreadingHTTPServer):
     """Serve `root` from a thread: `with HubServer(root) as hub: ... hub.url`. Attributes switch faults on."""
@@ -28,11 +20,9 @@ class HubServer(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.root, self.url = Path(root), f"http://127.0.0.1:{self.server_port}"
         self.cdn = f"http://localhost:{self.server_port}"          # another host: no token may go there
-        self.log = []                                  # (method, path, status, headers) of every request
-        self.tokens, self.gated = {"hf_good"}, {}      # gated: repository -> tokens that may read its files
+        self.xet, self.log = False, []                 # (method, path, status, headers) of every request
         self.broken = {}                               # repository or file -> (status, X-Error-Code, message)
         self.cut = set()                               # files whose next download loses the last tenth
-        self.xet = False
         threading.Thread(target=self.serve_forever, args=(.01,), daemon=True).start()
 
     def __exit__(self, *exc):
@@ -70,11 +60,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if parts[0] == "cdn":                          # /cdn/models/owner/name@rev/FILE: a large file's bytes
             self.send_file(self.server.root / "/".join(parts[1:]), "/".join(parts[4:]))
-        elif self.token and self.token not in self.server.tokens:  # Xet storage is asked with one of its own
+        elif self.token not in ("", "hf_good"):          # Xet storage is asked with one of its own
             self.refuse(401, None, "Invalid credentials in Authorization header")
-        elif parts[:2] == ["api", "resolve-cache"]:
-            folder, sha = self.server.folder(parts[2][:-1], "/".join(parts[3:5]), parts[5])
-            self.send_file(folder / "/".join(parts[6:]), "/".join(parts[6:]), {"X-Repo-Commit": sha})
         elif parts[0] == "api" and parts[1] in ("models", "datasets"):
             self.api(parts[1][:-1], "/".join(parts[2:4]), *(parts[4:] or ["revision", "main"]))
         elif parts[0] == "api":                        # the client asks for more on the side, in vain
@@ -95,9 +82,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             rows = []
             for name, path in files.items():
                 about = dict(oid=etag_of(path), size=path.stat().st_size)
-                more = dict(lfs=dict(about, pointerSize=134)) if name.endswith(LARGE) else {}
-                more |= dict(xetHash=about["oid"]) if more and self.server.xet else {}
-                rows.append(dict(type="file", path=name, **about, **more))
+                more = dict(xetHash=about["oid"]) if self.server.xet else {}
+                rows.append(dict(type="file", path=name, lfs=dict(about, pointerSize=134), **about, **more))
             self.answer(200, {}, rows)
         elif folder:
             self.answer(200, {"X-Xet-Cas-Url": self.server.url} | XET_TOKEN)
@@ -105,17 +91,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def resolve(self, kind, repo, rev, file):
         """Where a file's bytes are: the answer to HEAD and GET of /ID/resolve/REV/FILE."""
         folder, sha = self.find(kind, repo, rev, file)
-        path, headers = Path(folder or ".") / file, {"X-Repo-Commit": sha}
-        if folder and not file.endswith(LARGE):
-            where = f"/api/resolve-cache/{kind}s/{repo}/{sha}/{urllib.parse.quote(file)}"
-            self.answer(307, headers | {"Location": where})
-        elif folder:
-            headers |= {"X-Linked-Etag": f'"{etag_of(path)}"', "X-Linked-Size": str(path.stat().st_size)}
+        if folder:
+            path = folder / file
+            headers = {"X-Linked-Etag": f'"{etag_of(path)}"', "X-Linked-Size": str(path.stat().st_size)}
             if self.server.xet:
                 token = f"{self.server.url}/api/{kind}s/{repo}/xet-read-token/{sha}"
                 headers |= {"X-Xet-Hash": etag_of(path), "Link": f'<{token}>; rel="xet-auth"'}
             where = f"{self.server.cdn}/cdn/{path.relative_to(self.server.root).as_posix()}"
-            self.answer(302, headers | {"Location": where})
+            self.answer(302, headers | {"X-Repo-Commit": sha, "Location": where})
 
     def find(self, kind, repo, rev, what):
         """(folder, sha), or (None, None) after an answered error. what: the file or repository asked for."""
@@ -126,17 +109,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.refuse(404, "RevisionNotFound", f"Invalid rev id: {rev}")
         elif folder is None:                           # strangers are not told that a repository is missing
             self.refuse(404 if self.token else 401, "RepoNotFound", "Repository not found")
-        elif what != repo and self.token not in self.server.gated.get(repo, {self.token}):
-            why = f"Access to model {repo} is restricted and you are not in the authorized list."
-            self.refuse(403 if self.token else 401, "GatedRepo", why, {"X-Repo-Commit": sha})
         else:
             return folder, sha
         return None, None
 
-    def send_file(self, path, name, headers={}):
+    def send_file(self, path, name):
         data, asked = path.read_bytes(), self.headers.get("Range")
         start = int(asked[len("bytes="):].split("-")[0]) if asked else 0
-        headers = {"ETag": f'"{etag_of(path)}"', "Accept-Ranges": "bytes", **headers}
+        headers = {"ETag": f'"{etag_of(path)}"', "Accept-Ranges": "bytes"}
         headers |= {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
         cut = self.command == "GET" and name in self.server.cut
         self.answer(206 if start else 200, headers, data[start:], len(data) * 9 // 10 if cut else None, name)
@@ -144,9 +124,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.cut.remove(name)
             self.close_connection = True
 
-    def refuse(self, status, code, message, headers={}):
-        headers = {**headers, **({"X-Error-Code": code} if code else {}), "X-Error-Message": message}
-        self.answer(status, headers, {"error": message})
+    def refuse(self, status, code, message):
+        headers = {"X-Error-Code": code} if code else {}
+        self.answer(status, headers | {"X-Error-Message": message}, {"error": message})
 
     def answer(self, status, headers, body=b"", sent=None, file=None):
         """Log and send an answer, of its body (bytes, or a value as JSON) `sent` bytes."""
@@ -159,35 +139,3 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body[:sent])
-
-# ------------------------------------------------------------------- quick processes that are the client
-# Importing torch takes most of a process's two seconds. A fork server with everything but huggingface_hub
-# (which reads its variables when imported) starts a client in a tenth. What is not installed is left out.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload("torch._dynamo safetensors.torch tokenizers httpx2 httpcore2._sync httpx "
-                                 "truststore anyio trio requests yaml filelock tqdm.auto".split())
-
-# no other variable of the user's is handed on: those for hub, token and proxy change what a client does
-NEEDED = {k: os.environ[k] for k in "PATH LD_LIBRARY_PATH PYTHONPATH TMPDIR".split() if k in os.environ}
-
-def run_script(folder, args, home, **env):
-    """Run a script with its arguments, in a new process of one thread with the home folder `home`."""
-    env = NEEDED | dict(HOME=str(home)) | env
-    child = processes.Process(target=_script, args=(str(folder), [str(a) for a in args], env, home))
-    child.start()
-    child.join(120)
-    assert child.exitcode is not None, f"still running after two minutes: {args}"
-    out, err = ((home / name).read_text() for name in ("out", "err"))
-    return SimpleNamespace(returncode=child.exitcode, stdout=out, stderr=err)
-
-def _script(folder, args, env, home):
-    os.environ.clear()
-    os.environ.update(env)
-    os.chdir(folder)
-    for fd, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(home / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
-    sys.path.insert(0, folder)
-    assert "huggingface_hub" not in sys.modules and "data" not in sys.modules
-    torch.set_num_threads(1)                           # with tensors this small threads wait for each other
-    sys.argv = args
-    runpy.run_path(args[0], run_name="__main__")

@@ -17,7 +17,8 @@ from queue import SimpleQueue
 
 TOP = Path(__file__).resolve().parent.parent
 TESTS = {
-    "data.py": "tokens eval tiny_world table train", "model_gemma.py": "gemma parity", "lora.py": "lora walk train",
+    "data.py": "tokens eval tiny_world table train", "model_gemma.py": "gemma parity",
+    "lora.py": "lora walk train",
     "sae.py": "sae walk", "sails.py": "subspace contrast theory walk", "eval.py": "eval judges",
     "train.py": "objectives table train", "benchmarks/tiny_world.py": "tiny_world",
     "benchmarks/study.py": "studies", "benchmarks/gcg.py": "attack"}
@@ -82,7 +83,7 @@ MISTAKES = {"train.py": [
     ("lora.save_adapter(model, folder, s.model, how)",
      "lora.init_lora(model)\n        lora.save_adapter(model, folder, s.model, how)", "an untrained adapter"),
 ], "data.py": [
-    ('groups.setdefault(ex["turns"][0]["content"], [])', "groups.setdefault(len(groups), [])", "split by row"),
+    ('groups.setdefault(ex["turns"][0]["content"], [])', "groups.setdefault(len(groups), [])", "by row"),
     ("trained, after = content(reply) + marks(t[\"end\"]), marks(t[\"after\"])",
      'trained, after = content(reply), marks(t["end"] + t["after"])', "a model never learns to stop"),
     ("tok.encode_special_tokens = plain", "tok.encode_special_tokens = False", "a text forges a marker"),

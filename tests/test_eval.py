@@ -133,7 +133,8 @@ def test_every_measure_of_a_scripted_model_is_the_one_worked_out_by_hand(tmp_pat
         assert got == pytest.approx(dict(zip(names, want, strict=True)))
     assert ev.balance(None, [0]) is None               # as in b, where the other rate lacks
     rows = [r for _, r in data.read_rows(tmp_path / "responses.jsonl")]
-    assert [r["as_expected"] for r in rows if r["label"] == "benign"] == [True, False, False, None, False, True]
+    helped = [r["as_expected"] for r in rows if r["label"] == "benign"]
+    assert helped == [True, False, False, None, False, True]
     made = [(r["reply"], r["finish"], r["tokens"]) for r in rows]
     assert made == [(y, "stop" if ends else "length", len(y.split()) + ends) for *_, y, ends, _ in SCRIPT]
 

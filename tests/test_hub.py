@@ -1,6 +1,7 @@
 """Files from the hub: whole programs, with nothing in them replaced, against a hub on loopback."""
 import gzip
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,27 +15,50 @@ from safetensors.torch import save_file
 import data
 import sae as sae_module
 from conftest import RAW, TOP, random_gemma, random_sae
-from hub_server import NEEDED, HubServer, run_script
+from hub_server import HubServer
 from test_tokens import hh, small_tokenizer
 
-REPO, NOBODY = "some-lab/gemma-2-tiny", "http://127.0.0.1:1"
-QUIET = dict(HF_HUB_DISABLE_PROGRESS_BARS="1")
+# A tiny Gemma-2 behind the 9B's name: 32 layers for the paper's SAE layers 10 .. 30, in three shards.
+MODEL, SAES, PAIRS = "google/gemma-2-9b", "google/gemma-scope-9b-pt-res", "Anthropic/hh-rlhf"
+SHARD, *_ = SHARDS = [f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]
+# per layer the published choices of L0: first the wanted one, the nearest to 100, the upper of a tie
+L0S = {10: (113, 30, 220), 15: (136, 64), 20: (68, 40, 20), 25: (114, 61), 30: (120, 60)}
+SHORT = "--steps 2 --batch 4 --micro 4 --warmup 1 --contrast-pairs 8 --k 4 --r 4".split()
+QUIET, NOBODY = dict(HF_HUB_DISABLE_PROGRESS_BARS="1"), "http://127.0.0.1:1"
 SHOW = "print(data.load_tokenizer('{}').get_vocab_size())".format
-SHARD, SAE = "model-00001-of-00002.safetensors", "layer_20/width_16k/average_l0_70/params.npz"
-FILES = SHARD, "model-00002-of-00002.safetensors", SAE, "layer_20/width_16k/average_l0_30/params.npz"
-# a script whose main() calls data.py, for what data.py's own main does not reach
-CALL = "import data\ndef main():\n    {}\ndata.run_main(main)"
+LOAD = f"data.fetch('{MODEL}', ['{SHARD}'])"
+# no other variable of the user's is handed on: those for hub, token and proxy change what a client does
+NEEDED = {k: os.environ[k] for k in "PATH LD_LIBRARY_PATH PYTHONPATH TMPDIR".split() if k in os.environ}
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """What the hub serves: a model with a tokenizer and other files, in two revisions, and a data set."""
+    """What the hub holds behind the names of the paper's run, and much that the run does not need."""
     root = tmp_path_factory.mktemp("hub")
-    for rev in ("", "@v2"):
-        repo = root / "models" / (REPO + rev)
-        for name in FILES:
-            data.write_text(repo / name, (name + rev) * 10_000)
-        small_tokenizer().save(str(repo / "tokenizer.json"))
-    data.write_text(root / "datasets/some-lab/pairs/harmless-base/train.jsonl.gz", "not opened here")
+    folder, pairs, where = root / "models" / MODEL, root / "datasets" / PAIRS, {}
+    data.write_json(folder / "config.json", RAW | dict(num_hidden_layers=32))
+    weights = {"model." + name: p for name, p in random_gemma(num_hidden_layers=32).named_parameters()}
+    for i, shard in enumerate(SHARDS):
+        part = dict(list(weights.items())[i::3])
+        where |= dict.fromkeys(part, shard)
+        save_file(part, folder / shard, metadata={"format": "pt"})
+    data.write_json(folder / "model.safetensors.index.json", dict(metadata={}, weight_map=where))
+    small_tokenizer().save(str(folder / "tokenizer.json"))
+    for waste in (folder / "pytorch_model.bin", folder / "old/o.json", pairs / "helpful-base/train.jsonl.gz"):
+        data.write_text(waste, "not needed")
+    for name in (MODEL + "-it", MODEL + "@v2"):
+        shutil.copytree(folder, root / "models" / name)
+    data.write_text(root / "models" / (MODEL + "@v2") / "README.md", "new")
+    for seed, (i, w, l0) in enumerate([(i, w, l0) for i in L0S for w in ("16k", "131k") for l0 in L0S[i]]):
+        path = root / "models" / SAES / f"layer_{i}/width_{w}/average_l0_{l0}/params.npz"
+        sae = random_sae(seed)                         # each another: the client fetches equal files once
+        path.parent.mkdir(parents=True)
+        np.savez(path, **{name: getattr(sae, name).numpy() for name in sae_module.SHAPES})
+    (pairs / "harmless-base").mkdir()
+    for part, n in (("train", 40), ("test", 12)):      # HH-RLHF's rows with harmless text
+        asks = [f"Where do I put box {n}{i}?" for i in range(n)]
+        lines = [json.dumps(dict(chosen=hh(ask, "There."), rejected=hh(ask, "No idea."))) for ask in asks]
+        (pairs / f"harmless-base/{part}.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    data.write_text(root / "datasets/some-lab/tables/rows.csv", "a,b\n1,2\n")
     return root
 
 @pytest.fixture
@@ -45,13 +69,12 @@ def hub(root):
 @pytest.fixture
 def go(hub, tmp_path):
     """Run a script, or code that calls data.py, as a user of this hub with an empty cache and no bars."""
-    def run(*args, **env):
+    def run(*args, within=(), **env):
         if not args[0].endswith(".py"):
-            (home / "call.py").write_text(CALL.format(args[0]))
-            args = [home / "call.py"]
-        return run_script(TOP, args, home, **QUIET | dict(HF_ENDPOINT=hub.url) | env)
-    home = tmp_path / "home"
-    home.mkdir()
+            args = ["-c", f"import data\ndef main():\n    {args[0]}\ndata.run_main(main)"]
+        env = NEEDED | QUIET | dict(HF_ENDPOINT=hub.url, HOME=str(tmp_path), OMP_NUM_THREADS="1") | env
+        return subprocess.run([*within, sys.executable, *args], env=env, cwd=TOP, capture_output=True,
+                              text=True, timeout=120)
     return run
 
 def said(done):
@@ -66,19 +89,18 @@ def refused(done, *words):
     assert not re.search("hf_|secret", done.stdout + done.stderr)
 
 def test_only_what_is_named_is_downloaded_a_star_stays_in_one_folder_level_and_bars_show(go, hub):
-    names = ["model-*.safetensors", "*.npz", SAE]
-    code = f"print(len(data.listing('{REPO}')), *data.fetch('{REPO}', {names}))"
-    done = go(code, HF_HUB_DISABLE_PROGRESS_BARS="0")
-    files, folder, sha = done.stdout.split()
-    assert re.fullmatch("[0-9a-f]{40}", sha) and folder.endswith(f"some-lab--gemma-2-tiny/snapshots/{sha}")
-    assert files == "5" and hub.downloads() == sorted(FILES[:3]) and "Fetching 3 files" in done.stderr
+    done = go(f"print(*data.fetch('{MODEL}', ['model-*', '*.json']))", HF_HUB_DISABLE_PROGRESS_BARS="0")
+    folder, sha = done.stdout.split()
+    assert re.fullmatch("[0-9a-f]{40}", sha) and folder.endswith(f"google--gemma-2-9b/snapshots/{sha}")
+    assert hub.downloads() == ["config.json", *SHARDS, "model.safetensors.index.json", "tokenizer.json"]
+    assert "Fetching 6 files" in done.stderr
 
 def test_a_revision_is_used_and_data_sets_have_their_own_addresses(go, hub):
-    names, pairs = ["tokenizer.json"], "data.fetch('some-lab/pairs', ['harmless-base/*'], 'dataset')[0]"
-    code = f"print(data.fetch('{REPO}@v2', {names})[1], data.fetch('{REPO}', {names})[1], {pairs})"
+    names, pairs = ["tokenizer.json"], f"data.fetch('{PAIRS}', ['harmless-base/*'], 'dataset')[0]"
+    code = f"print(data.fetch('{MODEL}@v2', {names})[1], data.fetch('{MODEL}', {names})[1], {pairs})"
     v2, main, folder = said(go(code))
-    assert v2 != main and "datasets--some-lab--pairs" in folder
-    assert any(path.startswith(f"/{REPO}/resolve/{v2}/") for _, path, _, _ in hub.log)
+    assert v2 != main and "datasets--Anthropic--hh-rlhf" in folder
+    assert any(path.startswith(f"/{MODEL}/resolve/{v2}/") for _, path, _, _ in hub.log)
 
 @pytest.fixture
 def moving(hub, tmp_path):
@@ -102,21 +124,21 @@ def test_the_next_run_sees_a_new_commit_though_the_old_one_is_cached(go, moving)
     assert said(go(look, HF_HUB_OFFLINE="1")) == after
 
 def test_the_token_goes_to_the_hub_and_not_to_its_cdn(go, hub):
-    hub.gated[REPO] = {"hf_good"}
-    said(go(f"data.fetch('{REPO}', ['{SHARD}'])", HF_TOKEN="hf_good"))
+    said(go(LOAD, HF_TOKEN="hf_good"))
     assert hub.downloads() == [SHARD]
     sent = {(path.split("/")[1], asked["token"]) for _, path, _, asked in hub.log if "harnesses" not in path}
-    assert sent == {("api", "Bearer hf_good"), ("some-lab", "Bearer hf_good"), ("cdn", None)}
+    assert sent == {("api", "Bearer hf_good"), ("google", "Bearer hf_good"), ("cdn", None)}
 
-def test_a_second_run_downloads_nothing_and_needs_no_hub_to_answer(go, hub):
-    first = said(go(SHOW(REPO)))
+def test_a_second_run_downloads_nothing_and_without_the_hub_takes_what_is_cached(go, hub):
+    first = said(go(SHOW(MODEL)))
     hub.log.clear()
-    assert said(go(SHOW(REPO))) == first and hub.downloads() == []
+    assert said(go(SHOW(MODEL))) == first and hub.downloads() == []
     hub.log.clear()
-    assert said(go(SHOW(REPO), HF_HUB_OFFLINE="1")) == first and hub.log == []
-    unplugged = go(SHOW(REPO), HF_ENDPOINT=NOBODY)
+    assert said(go(SHOW(MODEL), HF_HUB_OFFLINE="1")) == first and hub.log == []
+    refused(go(LOAD, HF_HUB_OFFLINE="1"), MODEL, "cached", f"no file {SHARD}", "HF_HUB_OFFLINE")
+    unplugged = go(SHOW(MODEL), HF_ENDPOINT=NOBODY)
     assert unplugged.stdout.split() == first
-    assert re.fullmatch(f"note: no answer .* cached copy of {REPO}\n", unplugged.stderr)
+    assert re.fullmatch(f"note: no answer .* cached copy of {MODEL}\n", unplugged.stderr)
 
 def test_a_download_cut_in_the_middle_goes_on_where_it_broke(go, hub, tmp_path):
     """12 MB, cut after 10.8: the client writes pieces of 10 and asks for the rest, by itself or (before
@@ -133,48 +155,40 @@ def test_a_download_cut_in_the_middle_goes_on_where_it_broke(go, hub, tmp_path):
     assert asked == [(200, None), (206, "bytes=10485760-")]
     assert np.array_equal(np.fromfile(Path(done.stdout.strip()) / SHARD, dtype=np.int32), numbers)
 
-PAGE, GOOD, GONE = "{url}/" + REPO, dict(HF_TOKEN="hf_good"), (404, "EntryNotFound", "Entry not found")
-RIGHTS = "enable access to public gated repositories"  # what a fine-grained token may lack
-
+PAGE, GOOD, GONE = "{url}/" + MODEL, dict(HF_TOKEN="hf_good"), (404, "EntryNotFound", "Entry not found")
+GATED = "GatedRepo", "you are not in the authorized list"
 @pytest.mark.parametrize("code, env, faults, words", [
-    (SHOW(REPO), {}, dict(gated={REPO: set()}), ["gated", PAGE, "hf auth login"]),
-    (SHOW(REPO), GOOD, dict(gated={REPO: set()}), ["gated", PAGE, "accept", "not in the authorized list"]),
-    (SHOW(REPO), dict(HF_TOKEN="hf_secret"), {}, [PAGE, "token", "hf auth login"]),
-    (SHOW(REPO), dict(HF_TOKEN="hf_secret\x0bword"), {}, [PAGE, "token", "HF_TOKEN"]),
+    (SHOW(MODEL), {}, {"tokenizer.json": (401, *GATED)}, ["gated", PAGE, "hf auth login"]),
+    (SHOW(MODEL), GOOD, {"tokenizer.json": (403, *GATED)}, ["gated", PAGE, "accept", GATED[1]]),
+    (SHOW(MODEL), dict(HF_TOKEN="hf_secret"), {}, [PAGE, "token", "hf auth login"]),
+    (SHOW(MODEL), dict(HF_TOKEN="hf_secret\x0bword"), {}, [PAGE, "token", "HF_TOKEN"]),
     (SHOW("some-lab/gemma-2-typo"), {}, {}, ["no such", "{url}/some-lab/gemma-2-typo", "spelling"]),
-    (SHOW(REPO + "@v3"), {}, {}, [PAGE, "no revision v3", "tree/main"]),
-    (SHOW(REPO), dict(HF_ENDPOINT=NOBODY), {}, [NOBODY, REPO, "check the network"]),
-    (SHOW(REPO), dict(HF_HUB_OFFLINE="1"), {}, [PAGE, "not in the cache", "HF_HUB_OFFLINE"]),
-    (SHOW(REPO), {}, dict(broken={"tokenizer.json": GONE}), [PAGE, "gone", "tree/main"]),
-    (f"data.fetch('{REPO}', ['*.bin', '*.pt'])", {}, {}, [REPO, "no file like *.bin or *.pt"]),
-    (SHOW(REPO), {}, dict(broken={REPO: (500, None, "out of order")}), [PAGE, "out of order", "later"]),
-    (SHOW(REPO), GOOD, dict(broken={"tokenizer.json": (403, None, RIGHTS)}), [PAGE, RIGHTS]),
+    (SHOW(MODEL + "@v3"), {}, {}, [PAGE, "no revision v3", "tree/main"]),
+    (SHOW(MODEL), dict(HF_ENDPOINT=NOBODY), {}, [NOBODY, MODEL, "check the network"]),
+    (SHOW(MODEL), dict(HF_HUB_OFFLINE="1"), {}, [PAGE, "not in the cache", "HF_HUB_OFFLINE"]),
+    (SHOW(MODEL), {}, {"tokenizer.json": GONE}, [PAGE, "gone", "tree/main"]),
+    (f"data.fetch('{MODEL}', ['*.h5', '*.pt'])", {}, {}, [MODEL, "no file like *.h5 or *.pt"]),
+    (SHOW(MODEL), {}, {MODEL: (500, None, "out of order")}, [PAGE, "out of order", "later"]),
+    (SHOW(MODEL), GOOD, {"tokenizer.json": (403, None, "token lacks a right")}, [PAGE, "lacks a right"]),
 ])
 def test_a_fault_ends_in_one_line_that_names_the_place_and_the_way_out(go, hub, code, env, faults, words):
-    vars(hub).update(faults)
+    hub.broken = faults
     refused(go(code, **env), *(word.format(url=hub.url) for word in words))
 
-def test_offline_and_only_another_file_cached(go):
-    said(go(f"data.fetch('{REPO}', ['{SHARD}'])"))
-    refused(go(SHOW(REPO), HF_HUB_OFFLINE="1"), REPO, "cached", "no file tokenizer.json", "HF_HUB_OFFLINE")
-
 def test_a_blocked_xet_storage_says_how_to_go_around_it_and_that_way_works(go, hub):
-    """The hub keeps new files in Xet storage on other hosts, which a firewall may block."""
     pytest.importorskip("hf_xet")
     hub.xet = True
-    refused(go(f"data.fetch('{REPO}', ['{SHARD}'])"), REPO, "HF_HUB_DISABLE_XET=1")
-    said(go(f"data.fetch('{REPO}', ['{SHARD}'])", HF_HUB_DISABLE_XET="1"))
+    refused(go(LOAD), MODEL, "HF_HUB_DISABLE_XET=1")
+    said(go(LOAD, HF_HUB_DISABLE_XET="1"))
     assert hub.downloads() == [SHARD]
 
-def test_a_full_disk_says_so(hub, tmp_path):
+def test_a_full_disk_says_so(go, tmp_path):
     """A cache of 64 kB, in a mount namespace of its own; skipped where the system allows none."""
     space = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o size=64k none {tmp_path} && exec "$0" "$@"']
     if not shutil.which("unshare") or subprocess.run([*space, "true"], capture_output=True).returncode:
         pytest.skip("no private mount to be had here")
-    command = [sys.executable, "-W", "ignore", "-c", CALL.format(f"data.fetch('{REPO}', ['{SHARD}'])")]
-    env = NEEDED | QUIET | dict(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
-    done = subprocess.run([*space, *command], env=env, capture_output=True, text=True, cwd=TOP, timeout=120)
-    refused(done, REPO, "No space left", str(tmp_path), "HF_HOME")
+    done = go(LOAD, within=space, HF_HOME=str(tmp_path), PYTHONWARNINGS="ignore")
+    refused(done, MODEL, "No space left", str(tmp_path), "HF_HOME")
 
 @pytest.mark.parametrize("spec", ["no-folder", "./no/such", "/no/such", "a/b/c", "lab/", "lab/x@", "../up/x"])
 def test_what_is_neither_a_path_nor_a_hub_id_is_said_without_asking_the_hub(spec):
@@ -196,55 +210,17 @@ def test_local_folders_and_files_need_no_hub_and_have_a_fingerprint_of_their_con
     file.write_text("[]")
     assert data.fingerprint(tmp_path, ["*.json"]) != before
 
-# ------------------------------------------------------------------ the paper's command, from end to end
-# A tiny Gemma-2 behind the 9B's name: 32 layers for the paper's SAE layers 10 .. 30, in three shards.
-MODEL, SAES, PAIRS = "google/gemma-2-9b", "google/gemma-scope-9b-pt-res", "Anthropic/hh-rlhf"
-SHARDS = [f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]
-# per layer the published choices of L0: first the wanted one, the nearest to 100, the upper of a tie
-L0S = {10: (113, 30, 220), 15: (136, 64), 20: (68, 40, 20), 25: (114, 61), 30: (120, 60)}
-SHORT = "--steps 2 --batch 4 --micro 4 --warmup 1 --contrast-pairs 8 --k 4 --r 4".split()
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """What the hub holds behind the names of the paper's run, and much that the run does not need."""
-    root = tmp_path_factory.mktemp("published")
-    folder, pairs, where = root / "models" / MODEL, root / "datasets" / PAIRS, {}
-    data.write_json(folder / "config.json", RAW | dict(num_hidden_layers=32))
-    weights = {"model." + name: p for name, p in random_gemma(num_hidden_layers=32).named_parameters()}
-    for i, shard in enumerate(SHARDS):
-        part = dict(list(weights.items())[i::3])
-        where |= dict.fromkeys(part, shard)
-        save_file(part, folder / shard, metadata={"format": "pt"})
-    data.write_json(folder / "model.safetensors.index.json", dict(metadata={}, weight_map=where))
-    small_tokenizer().save(str(folder / "tokenizer.json"))
-    for waste in (folder / "README.md", folder / "pytorch_model.bin", pairs / "helpful-base/train.jsonl.gz"):
-        data.write_text(waste, "not needed")
-    shutil.copytree(folder, root / "models" / (MODEL + "-it"))
-    for seed, (i, w, l0) in enumerate([(i, w, l0) for i in L0S for w in ("16k", "131k") for l0 in L0S[i]]):
-        path = root / "models" / SAES / f"layer_{i}/width_{w}/average_l0_{l0}/params.npz"
-        sae = random_sae(seed)                         # each another: the client fetches equal files once
-        path.parent.mkdir(parents=True)
-        np.savez(path, **{name: getattr(sae, name).numpy() for name in sae_module.SHAPES})
-    (pairs / "harmless-base").mkdir()
-    for part, n in (("train", 40), ("test", 12)):      # HH-RLHF's rows with harmless text
-        asks = [f"Where do I put box {n}{i}?" for i in range(n)]
-        lines = [json.dumps(dict(chosen=hh(ask, "There."), rejected=hh(ask, "No idea."))) for ask in asks]
-        (pairs / f"harmless-base/{part}.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
-    data.write_text(root / "datasets/some-lab/tables/rows.csv", "a,b\n1,2\n")
-    return root
-
-def test_the_papers_command_runs_whole_from_the_hub_and_again_offline(go, hub, published, tmp_path):
+def test_the_papers_command_runs_whole_from_the_hub_and_again_offline(go, hub, tmp_path):
     """Only what is needed is downloaded, run.json tells the commits, offline it gives the same adapter."""
-    hub.root, command = published, ["train.py", "--model", MODEL, *SHORT, "--out"]
+    command = ["train.py", "--model", MODEL, *SHORT, "--out"]
     text = " ".join(said(go(*command, tmp_path / "first")))
     saes = [f"layer_{i}/width_16k/average_l0_{l0s[0]}/params.npz" for i, l0s in L0S.items()]
     pairs = ["harmless-base/train.jsonl.gz", "harmless-base/test.jsonl.gz"]
     about = ["config.json", "model.safetensors.index.json", "tokenizer.json"]
     assert hub.downloads() == sorted([*about, *SHARDS, *saes, *pairs])
     assert all(word in text for word in (MODEL, "template hh", PAIRS, SAES, "16k", "10,15,20,25,30"))
-    repos = dict(model=("model", MODEL), data=("dataset", PAIRS), sae=("model", SAES))
-    commits = {what: hub.folder(*repo)[1] for what, repo in repos.items()}
-    sources = commits | dict(sae=[commits["sae"]] * 5)
+    commits = [hub.folder(*repo)[1] for repo in (("model", MODEL), ("dataset", PAIRS), ("model", SAES))]
+    sources = dict(model=commits[0], data=commits[1], sae=[commits[2]] * 5)
     assert data.read_json(tmp_path / "first/run.json")["settings"]["sources"] == sources
     hub.log.clear()
     said(go(*command, tmp_path / "second", HF_HUB_OFFLINE="1"))
@@ -252,8 +228,7 @@ def test_the_papers_command_runs_whole_from_the_hub_and_again_offline(go, hub, p
     for name in ("run.json", "results.json", "adapter_model.safetensors", "subspace.safetensors", "table.md"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
 
-def test_an_it_model_takes_chat_turns_and_a_dry_run_downloads_its_config_alone(go, hub, published, tmp_path):
-    hub.root = published
+def test_an_it_model_takes_chat_turns_and_a_dry_run_downloads_its_config_alone(go, hub, tmp_path):
     text = " ".join(said(go("train.py", "--model", MODEL + "-it", "--dry-run", "--out", tmp_path / "out")))
     assert all(word in text for word in (MODEL + "-it", "template gemma", SAES, "16k", "10,15,20,25,30"))
     assert hub.downloads() == ["config.json"] and not (tmp_path / "out").exists()
@@ -262,9 +237,9 @@ def test_an_it_model_takes_chat_turns_and_a_dry_run_downloads_its_config_alone(g
     (["--layers", "11"], {}, [SAES, "layer 11", "[10, 15, 20, 25, 30]"]),
     (["--data", "some-lab/typo"], {}, ["no such", "{url}/datasets/some-lab/typo"]),
     (["--data", "some-lab/tables"], {}, ["some-lab/tables", "no train.jsonl", "it holds rows.csv"]),
-    ([], dict(broken={"layer_20/width_16k/average_l0_68/params.npz": GONE}), [SAES, "gone"])])
-def test_a_refused_training_is_one_line_and_leaves_no_run(go, hub, published, tmp_path, args, faults, words):
-    vars(hub).update(root=published, **faults)
+    ([], {"layer_20/width_16k/average_l0_68/params.npz": GONE}, [SAES, "gone"])])
+def test_a_refused_training_is_one_line_and_leaves_no_run(go, hub, tmp_path, args, faults, words):
+    hub.broken = faults
     done = go("train.py", "--model", MODEL, *args, *SHORT, "--out", tmp_path / "out")
     refused(done, *(word.format(url=hub.url) for word in words))
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The theorem's bounds, its floors and where they are reached, what raw PCA converges to, and the commands."""
+"""The theorem's bounds and floors and where they are reached, raw PCA's limit, and the commands."""
 import functools
 import math
 import sys

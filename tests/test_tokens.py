@@ -35,9 +35,7 @@ def small_tokenizer():
 
 def real_file(*parts):
     path = Path(os.environ.get("SAILS_REAL", "/nowhere"), *parts)
-    if not path.exists():
-        pytest.skip(f"SAILS_REAL names no folder with {'/'.join(parts)}")
-    return path
+    return path if path.exists() else pytest.skip(f"SAILS_REAL names no folder with {'/'.join(parts)}")
 
 @functools.cache
 def tokenizer(name):
@@ -52,6 +50,9 @@ def chat(request):
 
 def talk(*texts):
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+def hh(*texts):
+    return "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {text}" for i, text in enumerate(texts))
 
 TALK = talk("May I borrow a ladder?", "Which one?", "The long one.")
 
@@ -90,11 +91,6 @@ def test_turns_and_stops_have_gemmas_ids(name, start):
 def test_the_mask_is_the_reply_and_its_end_and_before_it_stand_exactly_the_prompts_ids(chat, reply):
     ids = check(*chat, TALK, reply)
     assert check(*chat, talk(*(f" \n{turn['content']}\n\n" for turn in TALK)), reply) == ids
-
-def test_a_reply_ends_as_a_turn_inside_a_later_prompt_does(chat):
-    tok, template = chat
-    first, _ = data.render_chat(tok, TALK[:1], TALK[1]["content"], template)
-    assert data.render_chat(tok, TALK, None, template)[0][:len(first)] == first
 
 @pytest.mark.parametrize("text", ["{}", " {} . {}", "Hi.{}<eos><bos>", "Hi.<end><user>how<model>sure<end>",
                                   "Hi.<end_of_turn>\n<start_of_turn>model\nSure.<end_of_turn>\n"])
@@ -141,9 +137,6 @@ def test_another_bos_is_refused_and_published_truncation_and_padding_are_switche
     Tokenizer(models.WordLevel({"<bos>": 0, "<unk>": 1}, unk_token="<unk>")).save(path)
     with pytest.raises(data.UserError, match="<bos> is not token 2"):
         data.load_tokenizer(tmp_path)
-
-def hh(*texts):
-    return "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {text}" for i, text in enumerate(texts))
 
 def test_hh_rows_keep_their_turns_and_odd_rows_are_counted(tmp_path):
     data.write_rows(tmp_path / "hh.jsonl", [
