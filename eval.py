@@ -2,8 +2,8 @@
 
     python eval.py --model M [--adapter RUN] --prompts FILE... --judge refusal|URL --out DIR
 Published safety rates differ by token limit, template and judge. So replying (responses.jsonl) and judging
-(verdicts.jsonl) are two steps, settings beside them; replies without a verdict are counted apart; and
-over-refusal of harmless prompts, which the paper leaves out, stands beside safety.
+(verdicts.jsonl) are two steps, settings beside them; replies without a verdict are counted apart;
+over-refusal, which the paper leaves out, stands beside safety.
 Order: replies - judges - measures - what alignment cost.   Letters: B batch, T tokens, n positions.
 """
 import contextlib

@@ -7,9 +7,16 @@ storage: with hub.xet = True files are said to lie there, and every request to i
 import hashlib
 import http.server
 import json
+import multiprocessing
+import os
+import runpy
+import sys
 import threading
 import urllib.parse
 from pathlib import Path
+from types import SimpleNamespace
+
+import torch
 
 XET_TOKEN = {"X-Xet-Access-Token": "xet", "X-Xet-Token-Expiration": "4102444800"}
 
@@ -139,3 +146,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body[:sent])
+
+# ------------------------------------------------------------------- quick processes that are the client
+# Importing torch takes most of a process's two seconds. A fork server with everything but huggingface_hub
+# (which reads its variables when imported) starts a client in a tenth. What is not installed is left out.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload("torch._dynamo safetensors.torch tokenizers httpx2 httpcore2._sync httpx "
+                                 "truststore anyio trio requests yaml filelock tqdm.auto".split())
+
+# no other variable of the user's is handed on: those for hub, token and proxy change what a client does
+NEEDED = {k: os.environ[k] for k in "PATH LD_LIBRARY_PATH PYTHONPATH TMPDIR".split() if k in os.environ}
+
+def run_script(folder, args, home, **env):
+    """Run a script with its arguments, in a new process of one thread with the home folder `home`."""
+    env = NEEDED | dict(HOME=str(home)) | env
+    child = processes.Process(target=_script, args=(str(folder), [str(a) for a in args], env, home))
+    child.start()
+    child.join(120)
+    assert child.exitcode is not None, f"still running after two minutes: {args}"
+    out, err = ((home / name).read_text() for name in ("out", "err"))
+    return SimpleNamespace(returncode=child.exitcode, stdout=out, stderr=err)
+
+def _script(folder, args, env, home):
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(folder)
+    for fd, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(home / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+    sys.path.insert(0, folder)
+    assert "huggingface_hub" not in sys.modules and "data" not in sys.modules
+    torch.set_num_threads(1)                           # with tensors this small threads wait for each other
+    sys.argv = args
+    runpy.run_path(args[0], run_name="__main__")

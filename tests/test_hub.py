@@ -1,7 +1,6 @@
 """Files from the hub: whole programs, with nothing in them replaced, against a hub on loopback."""
 import gzip
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 import data
 import sae as sae_module
 from conftest import RAW, TOP, random_gemma, random_sae
-from hub_server import HubServer
+from hub_server import NEEDED, HubServer, run_script
 from test_tokens import hh, small_tokenizer
 
 # A tiny Gemma-2 behind the 9B's name: 32 layers for the paper's SAE layers 10 .. 30, in three shards.
@@ -27,8 +26,8 @@ SHORT = "--steps 2 --batch 4 --micro 4 --warmup 1 --contrast-pairs 8 --k 4 --r 4
 QUIET, NOBODY = dict(HF_HUB_DISABLE_PROGRESS_BARS="1"), "http://127.0.0.1:1"
 SHOW = "print(data.load_tokenizer('{}').get_vocab_size())".format
 LOAD = f"data.fetch('{MODEL}', ['{SHARD}'])"
-# no other variable of the user's is handed on: those for hub, token and proxy change what a client does
-NEEDED = {k: os.environ[k] for k in "PATH LD_LIBRARY_PATH PYTHONPATH TMPDIR".split() if k in os.environ}
+# a script whose main() calls data.py, for what data.py's own main does not reach
+CALL = "import data\ndef main():\n    {}\ndata.run_main(main)"
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
@@ -43,7 +42,7 @@ def root(tmp_path_factory):
         save_file(part, folder / shard, metadata={"format": "pt"})
     data.write_json(folder / "model.safetensors.index.json", dict(metadata={}, weight_map=where))
     small_tokenizer().save(str(folder / "tokenizer.json"))
-    for waste in (folder / "pytorch_model.bin", folder / "old/o.json", pairs / "helpful-base/train.jsonl.gz"):
+    for waste in (folder / "pytorch_model.bin", folder / "old/old.json", pairs / "helpful-base/train.jsonl.gz"):
         data.write_text(waste, "not needed")
     for name in (MODEL + "-it", MODEL + "@v2"):
         shutil.copytree(folder, root / "models" / name)
@@ -69,12 +68,13 @@ def hub(root):
 @pytest.fixture
 def go(hub, tmp_path):
     """Run a script, or code that calls data.py, as a user of this hub with an empty cache and no bars."""
-    def run(*args, within=(), **env):
+    def run(*args, **env):
         if not args[0].endswith(".py"):
-            args = ["-c", f"import data\ndef main():\n    {args[0]}\ndata.run_main(main)"]
-        env = NEEDED | QUIET | dict(HF_ENDPOINT=hub.url, HOME=str(tmp_path), OMP_NUM_THREADS="1") | env
-        return subprocess.run([*within, sys.executable, *args], env=env, cwd=TOP, capture_output=True,
-                              text=True, timeout=120)
+            (home / "call.py").write_text(CALL.format(args[0]))
+            args = [home / "call.py"]
+        return run_script(TOP, args, home, **QUIET | dict(HF_ENDPOINT=hub.url) | env)
+    home = tmp_path / "home"
+    home.mkdir()
     return run
 
 def said(done):
@@ -182,12 +182,14 @@ def test_a_blocked_xet_storage_says_how_to_go_around_it_and_that_way_works(go, h
     said(go(LOAD, HF_HUB_DISABLE_XET="1"))
     assert hub.downloads() == [SHARD]
 
-def test_a_full_disk_says_so(go, tmp_path):
+def test_a_full_disk_says_so(hub, tmp_path):
     """A cache of 64 kB, in a mount namespace of its own; skipped where the system allows none."""
     space = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o size=64k none {tmp_path} && exec "$0" "$@"']
     if not shutil.which("unshare") or subprocess.run([*space, "true"], capture_output=True).returncode:
         pytest.skip("no private mount to be had here")
-    done = go(LOAD, within=space, HF_HOME=str(tmp_path), PYTHONWARNINGS="ignore")
+    command = [sys.executable, "-W", "ignore", "-c", CALL.format(LOAD)]
+    env = NEEDED | QUIET | dict(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path))
+    done = subprocess.run([*space, *command], env=env, capture_output=True, text=True, cwd=TOP, timeout=120)
     refused(done, MODEL, "No space left", str(tmp_path), "HF_HOME")
 
 @pytest.mark.parametrize("spec", ["no-folder", "./no/such", "/no/such", "a/b/c", "lab/", "lab/x@", "../up/x"])
