@@ -42,7 +42,8 @@ def root(tmp_path_factory):
         save_file(part, folder / shard, metadata={"format": "pt"})
     data.write_json(folder / "model.safetensors.index.json", dict(metadata={}, weight_map=where))
     small_tokenizer().save(str(folder / "tokenizer.json"))
-    for waste in (folder / "pytorch_model.bin", folder / "old/old.json", pairs / "helpful-base/train.jsonl.gz"):
+    others = pairs / "helpful-base/train.jsonl.gz"
+    for waste in (folder / "pytorch_model.bin", folder / "old/old.json", others):
         data.write_text(waste, "not needed")
     for name in (MODEL + "-it", MODEL + "@v2"):
         shutil.copytree(folder, root / "models" / name)

@@ -16,6 +16,15 @@ import train
 from benchmarks import tiny_world
 from conftest import FIT, command, random_gemma, start, trained
 
+FIRST = "--steps 2 --seed 0 --lr 1e-3 --full-lr 1e-3".split()
+
+@pytest.fixture(scope="module", autouse=True)
+def first(request, tmp_path_factory):
+    """The first command with few steps, a process of its own that runs beside the tests of this file."""
+    folder = tmp_path_factory.mktemp("first")
+    wanted = any("first_command" in test.name for test in request.session.items)
+    return folder, start(FIRST, folder) if wanted else None
+
 # ---- what is read and measured ----
 @pytest.fixture(scope="module")
 def run(home, tmp_path_factory):
@@ -179,9 +188,9 @@ def test_a_table_of_one_seed_shows_intervals_over_prompts_and_concludes_nothing(
     assert lines[7].startswith("[ ]: 95 % over prompts. Rate: ") and len(lines) == 9
 
 @pytest.mark.slow
-def test_the_first_commands_table_is_that_of_its_files_and_the_second_time_it_is_idle(tmp_path):
-    args, folder = "--steps 2 --seed 0 --lr 1e-3 --full-lr 1e-3".split(), tmp_path / "runs" / "tiny"
-    said, wrong = start(args, tmp_path).communicate(timeout=300)
+def test_the_first_commands_table_is_that_of_its_files_and_the_second_time_it_is_idle(first):
+    home, process = first
+    folder, (said, wrong) = home / "runs" / "tiny", process.communicate(timeout=300)
     table = [line for line in said.splitlines() if line.startswith("| ")]
     assert len(said.splitlines()) <= 40 and len(table) == 6, wrong
     read = lambda name: [r for _, r in data.read_rows(folder / f"{name}.jsonl")]
@@ -192,6 +201,6 @@ def test_the_first_commands_table_is_that_of_its_files_and_the_second_time_it_is
         assert len(refused) == 256 and row.startswith(f"| {m}, lr 0.001 | {sum(refused) / 256:.3f} ")
     base = data.read_json(folder / "base" / "results.json")
     assert base["sets"]["unseen"]["help"][0] > .9 < base["knowledge"][0]           # it knows its world
-    files = lambda: {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
-    made, (again, _) = files(), start(args, tmp_path).communicate(timeout=100)
+    files = lambda: {p: p.stat().st_mtime_ns for p in home.rglob("*.safetensors")}
+    made, (again, _) = files(), start(FIRST, home).communicate(timeout=100)
     assert again.endswith(said[said.index("Features that"):]) and files() == made
