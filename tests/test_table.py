@@ -124,7 +124,7 @@ def test_an_option_changes_what_it_is_for_and_nothing_else(made, option, differs
     assert {key for key in without if not same(without[key], with_it[key])} == set(differs.split())
 
 # ---- what is picked and concluded ----
-@pytest.mark.parametrize("df, t", enumerate(data.STUDENT, 1))
+@pytest.mark.parametrize("df, t", [*enumerate(data.STUDENT, 1)])
 def test_students_quantiles_hold_95_percent_of_their_distribution(df, t):
     x = torch.linspace(-t, t, 20001, dtype=torch.float64)
     log_c = torch.lgamma(torch.tensor([df + 1, df]) / 2)

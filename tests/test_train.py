@@ -59,7 +59,7 @@ def test_a_run_leaves_its_files_and_nothing_half_written(run):
 def test_a_run_notes_its_settings_and_a_line_a_step_and_prints_its_table(run):
     noted, rows = data.read_json(run.out / "run.json"), log(run.out)
     assert [noted["settings"][key] for key in ("k", "seed", "lr", "method")] == [6, 0, .01, "sails"]
-    assert noted["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(noted["versions"]["torch"])    # less +cpu or +cu130
     assert [*noted["settings"]["sources"]] == ["model", "data", "sae"]
     assert [(r["step"], r["lr"]) for r in rows] == [*enumerate([.005, .01, .01, .005])]
     drawn = [[run.rows[i] for i in data.batch_at(len(run.rows), 8, 0, step)] for step in range(4)]
