@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import nn
 
 import data
@@ -67,7 +66,8 @@ def attach(model, targets=("q", "k", "v", "o"), r=16, alpha=32, layers=None):
     layers = range(n) if layers is None else layers
     known, inside = targets and set(targets) <= set(PLACES), all(0 <= i < n for i in layers)
     need(known, f"targets {','.join(targets)}: choose from {', '.join(PLACES)}")
-    need(r >= 1 and inside, f"rank {r}, layers {list(layers)}: the model has layers 0..{n - 1}, rank is >= 1")
+    need(1 <= r <= model.config.d_model, f"rank {r}: must be from 1 to {model.config.d_model}, the model's width")
+    need(inside, f"layers {list(layers)}: the model has layers 0..{n - 1}")
     model.requires_grad_(False)
     for i in layers:
         for place in targets:
@@ -127,7 +127,6 @@ def nearest(by_layer, layer):
 def fit_to_rank(V, r, rng):
     """V (D, r_s) -> (D, r): its first r columns, or V and a random orthonormal complement."""
     D, have = V.shape
-    need(r <= D, f"rank {r} is more than the residual stream's {D} dimensions")
     if have >= r:
         return V[:, :r]
     fill = torch.randn(D, r - have, generator=rng, dtype=torch.float64)
@@ -199,8 +198,9 @@ def save_adapter(model, folder, base="", provenance=None):
     """Write adapter_model.safetensors (fp32), adapter_config.json and, if given, sails.json."""
     folder, mods = Path(folder), adapters(model)
     one, layers = mods[0][1], sorted({m.layer for _, m in mods})
+    name, revision = (str(base), "") if Path(base).exists() else str(base).partition("@")[::2]
     config = dict(
-        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=one.r,
+        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=name, revision=revision or None, r=one.r,
         lora_alpha=one.scale * one.r, target_modules=sorted({PLACES[m.place].split(".")[1] for _, m in mods}),
         lora_dropout=0.0, bias="none", use_rslora=False, use_dora=False, fan_in_fan_out=False,
         modules_to_save=None, layers_to_transform=None if len(layers) == model.config.n_layers else layers,
@@ -217,14 +217,19 @@ def _tensors(model):
 
 def read_adapter(folder):
     """(adapter_config.json, tensors by name) of a plain LoRA in PEFT's form."""
-    path = Path(folder) / "adapter_config.json"
+    path, weights = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
     need(path.is_file(), f"{folder}: no adapter_config.json in it; give the folder of a finished run")
-    c, extras = data.read_json(path), "rank_pattern alpha_pattern modules_to_save use_dora fan_in_fan_out"
-    special = [k for k in extras.split() if c.get(k)] + ([] if c.get("bias", "none") == "none" else ["bias"])
-    plain = c.get("peft_type") == "LORA" and not special and {"r", "lora_alpha"} <= c.keys()
-    need(plain, f"{folder}: not a plain LoRA adapter ({', '.join(special) or c.get('peft_type')})")
-    model_gemma.tensor_shapes(path.parent / "adapter_model.safetensors")
-    return c, load_file(path.parent / "adapter_model.safetensors")
+    # other starts (pissa, olora, corda, ...) change the base weights too, which are not in this folder
+    starts, switch = (True, False, "gaussian", "orthogonal", "eva", None), (bool, None)
+    c = data.read_json(path, peft_type="LORA", r=range(1, 2**20), lora_alpha=data.POSITIVE, bias=("none", None),
+                       init_lora_weights=starts, use_rslora=switch, base_model_name_or_path=(str, None))
+    extras = "rank_pattern alpha_pattern modules_to_save use_dora fan_in_fan_out"
+    special = [k for k in extras.split() if c.get(k)]
+    need(not special, f"{folder}: not a plain LoRA adapter ({', '.join(special)})")
+    shapes = model_gemma.tensor_shapes(weights)
+    wrong = [n for n, s in shapes.items() if len(s) != 2 or s["lora_B" in n] != c["r"]]
+    need(not wrong, f"{weights}: {wrong[:1]} is not of rank {c['r']}, which adapter_config.json says")
+    return c, dict(model_gemma.read_tensors(weights))
 
 def load_adapter(model, folder):
     """Attach an adapter in PEFT's form; UserError for what PEFT would ignore or half use."""
@@ -256,13 +261,20 @@ def load_state(path, params, opt):
     """Put a checkpoint into parameters and optimizer; the next step, 0 without a checkpoint."""
     if not path.exists():
         return 0
-    with safe_open(path, "pt", device="cpu") as f:
-        step = int(f.metadata()["step"])
-        for name, p in params:
-            p.copy_(f.get_tensor("p." + name))
-            m, v = (f.get_tensor(x + name).to(p.device) for x in ("m.", "v."))
-            opt.state[p] = dict(exp_avg=m, exp_avg_sq=v, step=torch.tensor(float(step)))
-    return step
+    want, moments = {"p." + name: p for name, p in params}, {}
+    want |= {x + name: p for x in ("m.", "v.") for name, p in params}
+    found = model_gemma.tensor_shapes(path)
+    model_gemma.check_shapes(path, found, {name: p.shape for name, p in want.items()}, "another run's checkpoint?")
+    with safe_open(path, "pt") as f:
+        step = (f.metadata() or {}).get("step", "")
+    need(step.isdecimal() and len(step) < 10, f"{path}: has no step, so is not a checkpoint")
+    for name, t in model_gemma.read_tensors(path):
+        moments[name] = t.to(want[name].device)
+    for name, p in params:
+        p.copy_(moments["p." + name])
+        opt.state[p] = dict(exp_avg=moments["m." + name], exp_avg_sq=moments["v." + name],
+                            step=torch.tensor(float(step)))
+    return int(step)
 
 def main():
     ap = data.Arguments(description="Show what an adapter holds.")

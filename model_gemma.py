@@ -7,6 +7,7 @@ soft-capped scores and logits, local and global layers in turns.
 Letters: B batch, T tokens, S cached + new tokens, D d_model, H query heads, K key/value heads, d head_dim,
 V vocabulary.   Run it (`python model_gemma.py --model DIR --prompt TEXT`) to talk to a model.
 """
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 import data
-from data import UserError, expecting, need
+from data import expecting, need
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -27,33 +28,43 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def config_from_json(raw):
     """A model's shape from config.json's dict, in transformers' old and new spellings.
     UserError for what this forward does not compute: another family, biases, an untied head, scaled RoPE."""
-    kind, act = raw.get("model_type"), raw.get("hidden_activation") or raw.get("hidden_act")
-    g2, untied = kind == "gemma2", raw.get("tie_word_embeddings") is False
-    known = kind in ("gemma2", "gemma3_text")
-    need(known, f"config.json: model_type is {kind!r}; this code runs gemma2 and gemma3_text (270M, 1B)")
-    need(act in ("gelu_pytorch_tanh", None), f"config.json: activation {act!r}; Gemma's is gelu_pytorch_tanh")
-    odd = untied or raw.get("attention_bias") or raw.get("use_bidirectional_attention")
-    need(not odd, "config.json: biases, an untied head or bidirectional attention; Gemma 2/3 text has none")
-    with expecting("config.json lacks a key; is it a whole model's config?", KeyError):
-        return SimpleNamespace(
-            d_model=raw["hidden_size"], n_layers=raw["num_hidden_layers"], d_mlp=raw["intermediate_size"],
-            n_heads=raw["num_attention_heads"], n_kv_heads=raw["num_key_value_heads"],
-            head_dim=raw["head_dim"], vocab_size=raw["vocab_size"], eps=raw.get("rms_norm_eps", 1e-6),
-            query_scalar=_query_scalar(raw, g2),  # scores times its ** -.5: 256 for the 9B, 144 for the 27B
-            local=_local_layers(raw, g2),  # per layer: does it see only `window` tokens back?
-            window=raw.get("sliding_window") or 4096,
-            theta=_rope_thetas(raw, g2),  # RoPE base of local (True) and global (False) layers
-            attn_cap=raw.get("attn_logit_softcapping", 50.0 if g2 else None),
-            final_cap=raw.get("final_logit_softcapping", 30.0 if g2 else None),
-            qk_norm=not g2,  # Gemma 3 normalises each head's query and key
-            raw=raw)  # config.json itself, to be saved again
+    data.check(raw, "config.json", **KINDS)
+    g2, heads, shared = (raw[k] for k in ("model_type", "num_attention_heads", "num_key_value_heads"))
+    g2, whole = g2 == "gemma2", heads % shared == 0 and raw["head_dim"] % 2 == 0
+    need(whole, f"config.json: {heads} heads on {shared} of keys and values, head_dim {raw['head_dim']}")
+    return SimpleNamespace(
+        d_model=raw["hidden_size"], n_layers=raw["num_hidden_layers"], d_mlp=raw["intermediate_size"],
+        n_heads=heads, n_kv_heads=shared,
+        head_dim=raw["head_dim"], vocab_size=raw["vocab_size"], eps=raw.get("rms_norm_eps") or 1e-6,
+        query_scalar=_query_scalar(raw, g2),  # scores times its ** -.5: 256 for the 9B, 144 for the 27B
+        local=_local_layers(raw, g2),  # per layer: does it see only `window` tokens back?
+        window=raw.get("sliding_window") or 4096,
+        theta=_rope_thetas(raw, g2),  # RoPE base of local (True) and global (False) layers
+        attn_cap=raw.get("attn_logit_softcapping", 50.0 if g2 else None),
+        final_cap=raw.get("final_logit_softcapping", 30.0 if g2 else None),
+        qk_norm=not g2,  # Gemma 3 normalises each head's query and key
+        raw=raw)  # config.json itself, to be saved again
+
+# What config.json may say: no biases, no untied head, no other family. Sizes have ends, so that nobody's
+# number is allocated before the weights have been looked at
+KINDS = dict(model_type=("gemma2", "gemma3_text"), num_hidden_layers=range(1, 1001), vocab_size=range(1, 2**24))
+KINDS |= dict.fromkeys(("hidden_size", "intermediate_size", "head_dim"), range(1, 2**20))
+KINDS |= dict.fromkeys(("num_attention_heads", "num_key_value_heads"), range(1, 2**12))
+KINDS |= dict.fromkeys(("sliding_window", "sliding_window_pattern"), (range(1, 2**31), None))
+KINDS |= dict.fromkeys(("hidden_activation", "hidden_act"), ("gelu_pytorch_tanh", None))
+KINDS |= dict.fromkeys(("attention_bias", "use_bidirectional_attention"), (False, None))
+KINDS |= dict.fromkeys(("rms_norm_eps", "query_pre_attn_scalar", "attn_logit_softcapping", "rope_theta",
+                        "final_logit_softcapping", "rope_local_base_freq"), (data.POSITIVE, None))
+KINDS |= dict(tie_word_embeddings=(True, None), layer_types=(list, None), rope_parameters=(dict, None),
+              rope_scaling=(dict, None))
 
 def _local_layers(raw, g2):
     """Per layer, is it local? By default even layers in Gemma 2, all but every sixth in Gemma 3."""
-    n, every, kinds = raw["num_hidden_layers"], raw.get("sliding_window_pattern", 6), raw.get("layer_types")
+    n, every, kinds = raw["num_hidden_layers"], raw.get("sliding_window_pattern") or 6, raw.get("layer_types")
     if kinds is None:
         return [(i + 1) % (2 if g2 else every) != 0 for i in range(n)]
-    need(len(kinds) == n, f"config.json names the kinds of {len(kinds)} layers but has {n}")
+    known = len(kinds) == n and all(k in ("sliding_attention", "full_attention") for k in kinds)
+    need(known, f"config.json: layer_types must name {n} layers, each sliding_attention or full_attention")
     return [k == "sliding_attention" for k in kinds]
 
 def _rope_thetas(raw, g2):
@@ -62,14 +73,15 @@ def _rope_thetas(raw, g2):
     if "rope_theta" in new:  # Gemma 2: one base for all layers
         new = {"sliding_attention": new, "full_attention": new}
     for part in (*new.values(), raw.get("rope_scaling") or {}):
+        data.check(part, "config.json: RoPE", rope_theta=(data.POSITIVE, None))
         plain = part.get("rope_type", part.get("type", "default")) == "default"
         need(plain, f"config.json asks for RoPE scaling {part}; Gemma 2 and Gemma 3 270M / 1B have none")
-    old = {"full_attention": raw.get("rope_theta", 1e4 if g2 else 1e6),
-           "sliding_attention": raw.get("rope_theta", 1e4) if g2 else raw.get("rope_local_base_freq", 1e4)}
-    return {k == "sliding_attention": float(new.get(k, {}).get("rope_theta", old[k])) for k in old}
+    old = {"full_attention": raw.get("rope_theta") or (1e4 if g2 else 1e6),
+           "sliding_attention": (raw.get("rope_theta") if g2 else raw.get("rope_local_base_freq")) or 1e4}
+    return {k == "sliding_attention": float(new.get(k, {}).get("rope_theta") or old[k]) for k in old}
 
 def _query_scalar(raw, g2):
-    scalar = raw.get("query_pre_attn_scalar", 256)
+    scalar = raw.get("query_pre_attn_scalar") or 256
     if g2 and raw["num_hidden_layers"] == 42 and scalar == 224:
         data.note("warning: this 9B config has query_pre_attn_scalar 224; it was corrected to 256")
     return scalar
@@ -369,37 +381,61 @@ def load_gemma(spec, dtype=torch.float32, device="cpu"):
     config, (folder, shards) = load_config(spec), weight_files(spec)
     with torch.device("meta"):
         model = Gemma(config)
-    want = {"model." + name: p.shape for name, p in model.named_parameters()}
+    want = _published(model)
     shapes = {shard: tensor_shapes(folder / shard) for shard in shards}
     found = {name: shape for part in shapes.values() for name, shape in part.items()}
+    need(len(found) == sum(map(len, shapes.values())), f"{folder}: a tensor is in two of {', '.join(shards)}")
     if "lm_head.weight" in found:  # in some merged checkpoints
         want["lm_head.weight"] = want["model.embed_tokens.weight"]
     check_shapes(folder, found, want, "config.json and weights do not belong together")
     tensors = {}
     for shard in data.progress(shards, desc="weights", disable=None if len(shards) > 1 else True):
-        with safe_open(folder / shard, "pt", device="cpu") as f:
-            for name in shapes[shard]:
-                tensors[name.removeprefix("model.")] = f.get_tensor(name).to(device=device, dtype=dtype)
+        for name, t in read_tensors(folder / shard):
+            tensors[name.removeprefix("model.")] = t.to(device=device, dtype=dtype)
     head = tensors.pop("lm_head.weight", tensors["embed_tokens.weight"])
     tied = torch.equal(head, tensors["embed_tokens.weight"])
     need(tied, f"{folder}: lm_head.weight differs from the embedding; Gemma's head is tied")
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(False)
 
+def _published(model):
+    return {"model." + name: p.shape for name, p in model.named_parameters()}
+
 def weight_files(spec):
     """(folder, names of the safetensors files): one file, or the shards that the index names."""
     shards, index = ["model.safetensors"], "model.safetensors.index.json"
     if index in data.listing(spec):
-        folder, _ = data.fetch(spec, [index])
-        shards = sorted(set(data.read_json(folder / index).get("weight_map", {}).values()))
-        need(shards, f"{folder / index}: no weight_map in it; download it again")
+        path = data.fetch(spec, [index])[0] / index
+        parts = data.read_json(path, weight_map=dict)["weight_map"]
+        good = parts and all(isinstance(x, str) and x.endswith(".safetensors") for x in parts.values())
+        need(good, f"{path}: weight_map must name a .safetensors file for every tensor; {data.damaged(path)}")
+        shards = sorted(set(parts.values()))
     return data.fetch(spec, shards)[0], shards
 
-def tensor_shapes(path):
-    """{name: shape} of a safetensors file; reads its header only."""
-    with expecting(f"{path}: not a whole safetensors file; download it again", SafetensorError, OSError):
+@contextlib.contextmanager
+def _opened(path):
+    with expecting(f"{path}: not a whole safetensors file; {data.damaged(path)}", SafetensorError, OSError):
         with safe_open(path, "pt", device="cpu") as f:
-            return {n: tuple(f.get_slice(n).get_shape()) for n in f.keys()}
+            yield f
+
+def tensor_shapes(path, kinds=("F64", "F32", "F16", "BF16")):
+    """{name: shape} of a safetensors file; reads its header only. UserError for tensors of no such kind."""
+    with _opened(path) as f:
+        parts = {name: f.get_slice(name) for name in f.keys()}
+    for name, part in parts.items():
+        need(part.get_dtype() in kinds, f"{path}: tensor {name} is {part.get_dtype()}, wanted {'/'.join(kinds)}")
+    return {name: tuple(part.get_shape()) for name, part in parts.items()}
+
+def read_tensors(path):
+    """Yield (name, tensor) of a safetensors file, each looked at by finite()."""
+    with _opened(path) as f:
+        for name in f.keys():
+            yield name, finite(f.get_tensor(name), f"{path}: tensor {name}")
+
+def finite(tensor, what):
+    """The tensor; UserError if a NaN or inf is in it."""
+    need(torch.isfinite(tensor.sum(dtype=torch.float32)), f"{what} holds NaN or inf")  # they reach the sum
+    return tensor
 
 def check_shapes(path, found, want, advice):
     """UserError, ending in `advice`, unless both {name: shape} are equal."""
@@ -408,14 +444,17 @@ def check_shapes(path, found, want, advice):
         need(have == wanted, f"{path}: tensor {name}: here {have}, wanted {wanted}; {advice}")
 
 def save_tensors(path, tensors, **metadata):
-    """Write a safetensors file whole or not at all."""
-    plain = {n: t.detach().contiguous() for n, t in tensors.items()}
-    with data.replacing(path) as beside:
+    """Write a safetensors file whole or not at all; UserError for NaN or inf."""
+    plain = {n: finite(t.detach().contiguous(), f"{path} is not written: {n}") for n, t in tensors.items()}
+    with data.replacing(path) as beside, expecting(f"cannot write {path}", SafetensorError):
         save_file(plain, beside, metadata={"format": "pt", **metadata})
 
 def save_gemma(model, folder):
     """Write config.json and model.safetensors in the hub's layout; no tokenizer."""
     folder, dtype = Path(folder), str(model.dtype).removeprefix("torch.")
+    with torch.device("meta"):
+        want = _published(Gemma(model.config))
+    check_shapes(folder, _published(model), want, "merge and detach its adapters first")
     # both spellings of the dtype, for readers old and new: transformers would cast to the one that it finds
     data.write_json(folder / "config.json", {**model.config.raw, "dtype": dtype, "torch_dtype": dtype})
     save_tensors(folder / "model.safetensors", {"model." + n: p for n, p in model.named_parameters()})
@@ -458,9 +497,9 @@ def main():
     ap.add_argument("--dtype", choices=DTYPES, default="float32")
     ap.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = ap.parse_args()
-    tok = data.load_tokenizer(args.model)
-    template = args.template or data.default_template(args.model, tok)
     model = load_gemma(args.model, DTYPES[args.dtype], args.device)
+    tok = data.load_tokenizer(args.model, model.config.vocab_size)
+    template = args.template or data.default_template(args.model, tok)
     ids, _ = data.render_chat(tok, data.as_turns(args.prompt), None, template)
     [new] = generate(model, [ids], args.max_new, data.stop_ids(tok, template), args.temperature, [0])
     print(tok.decode(new).strip())

@@ -8,11 +8,12 @@ Run it (`python sae.py --model DIR --sae DIR --layer L --prompt TEXT`) to see wh
 """
 import re
 import zipfile
+import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 import data
 import model_gemma
@@ -76,17 +77,16 @@ def published(spec, config):
     found = named + [FAMILIES[f] for f in FAMILIES if f[1:] == shape]
     return found[0] if found and max(found[0][2]) < config.n_layers else None
 
-def fetch_sae(spec, layer, width="16k", l0=None):
-    """(folder, file name) of one SAE in a folder or hub repository laid out like Gemma Scope."""
+def sae_file(spec, layer, width="16k", l0=None):
+    """The name of one SAE's file in a folder or hub repository laid out like Gemma Scope."""
     names = data.listing(spec)
     with expecting(spec, UserError):
-        name = find_sae(names, layer, width, l0)
-    return data.fetch(spec, [name])[0], name
+        return find_sae(names, layer, width, l0)
 
 def load_sae(spec, layer, width="16k", l0=None, device="cpu"):
     """One JumpReLUSAE; UserError for a broken file or tensors that do not belong together."""
-    folder, name = fetch_sae(spec, layer, width, l0)
-    path = folder / name
+    name = sae_file(spec, layer, width, l0)
+    path = data.fetch(spec, [name])[0] / name
     tensors = {{"w_enc": "W_enc", "w_dec": "W_dec"}.get(k, k): v for k, v in _read_tensors(path).items()}
     scale = tensors.pop("scaling_factor", torch.ones(1))  # in a few early files, all ones
     need(bool((scale == 1).all()), f"{path}: has a scaling_factor that is not 1, so is no plain JumpReLU SAE")
@@ -100,12 +100,20 @@ def load_sae(spec, layer, width="16k", l0=None, device="cpu"):
     return JumpReLUSAE(**tensors, name=name).to(device)
 
 def _read_tensors(path):
-    with expecting(f"{path}: not a whole SAE file", zipfile.BadZipFile, EOFError, OSError, ValueError):
-        if path.suffix == ".npz":
+    if path.suffix == ".npz":
+        with expecting(f"{path}: not a whole SAE file; {data.damaged(path)}", zipfile.BadZipFile, zlib.error,
+                       EOFError, OSError, ValueError, TypeError, NotImplementedError):
+            with zipfile.ZipFile(path) as z:
+                size, unpacked = path.stat().st_size, sum(part.file_size for part in z.infolist())
+            need(unpacked < 10 * size, f"unpacks to {unpacked:,} bytes, so it holds no weights")
             with np.load(path, allow_pickle=False) as f:
-                return {k: torch.from_numpy(f[k]) for k in f.files}
-        model_gemma.tensor_shapes(path)
-        return load_file(path)
+                found = {k: torch.from_numpy(f[k]) for k in f.files}
+        for name, t in found.items():
+            need(t.is_floating_point(), f"{path}: {name} is {t.dtype}, wanted floating point")
+            model_gemma.finite(t, f"{path}: {name}")
+        return found
+    model_gemma.tensor_shapes(path)
+    return dict(model_gemma.read_tensors(path))
 
 def check_fit(sae, model, layer):
     """UserError unless the SAE reads this model's residual stream at an existing layer."""
@@ -119,6 +127,9 @@ def save_sae(sae, folder, layer, l0):
     name = f"layer_{layer}/width_{len(sae.W_dec)}/average_l0_{round(l0)}/params.npz"
     with data.replacing(f"{folder}/{name}") as beside, open(beside, "wb") as f:
         np.savez(f, **{k: getattr(sae, k).cpu().numpy() for k in SHAPES})
+    for other in Path(folder, name).parents[1].glob("*/params.npz"):
+        if other != Path(folder, name):  # load_sae would have to choose
+            other.unlink()
     return name
 
 def neuronpedia_url(model_spec, layer, width, feature):

@@ -15,7 +15,8 @@ import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
 
 import data
 import eval as evaluation
@@ -32,7 +32,7 @@ import model_gemma
 import sae as sae_module
 import sails
 from benchmarks.tiny_world import make_world
-from data import UserError, need
+from data import UserError, lead, need, say, together
 
 # ---- settings ----
 HH, LOOKALIKES = "Anthropic/hh-rlhf", Path(__file__).parent / "benchmarks" / "lookalikes.jsonl"
@@ -81,14 +81,14 @@ def parser():
     a("--targets", type=some(str, lora.PLACES), default=list("qkvo"), help=f"of {','.join(lora.PLACES)}")
     a("--objective", choices=("sft", "dpo", "rloo"), default="sft", help="sft reads chosen replies alone")
     a("--steps", type=count, default=500)
-    a("--batch", type=count, default=32, help="pairs or replies per step")
+    a("--batch", type=data.at_least(1, high=10 ** 6), default=32, help="pairs or replies per step")
     a("--micro", type=count, default=4, help="of these at a time in memory")
     a("--lr", type=some(rate), default=[2e-4], help="a list: the best by validation is reported")
     a("--full-lr", type=some(rate), help="the same for full, which moves every weight (--lr)")
     a("--warmup", type=data.at_least(0), default=20, help="steps of linear warm-up, then linear decay to 0")
     a("--clip", type=rate, default=1.0, help="gradient norm")
     a("--beta", type=rate, default=.1, help="dpo, rloo: pull to the reference")
-    a("--samples", type=data.at_least(2), default=4, help="rloo: replies drawn per prompt")
+    a("--samples", type=data.at_least(2, high=1000), default=4, help="rloo: replies drawn per prompt")
     a("--sft-steps", type=data.at_least(0), default=0, help="first steps by sft: rloo reinforces draws")
     a("--max-new", type=count, default=64, help="rloo and --test: tokens per reply")
     a("--replay", type=rate, default=0., help="weight of a KL to the base on --text")
@@ -100,7 +100,7 @@ def parser():
     a("--dtype", choices=model_gemma.DTYPES, help="base weights (bfloat16 on a GPU, float32 on a CPU)")
     a("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
     a = ap.add_argument_group("--sae fit").add_argument
-    a("--fit-width", type=count, default=4096, help="features")
+    a("--fit-width", type=data.at_least(1, high=2 ** 20), default=4096, help="features")
     a("--fit-active", type=count, default=48, help="features per token")
     a("--fit-tokens", type=count, default=180_000)
     a("--fit-steps", type=count, default=800)
@@ -108,8 +108,9 @@ def parser():
 
 def settings(argv=None):
     """The command line, settled; method, lr and seed stay lists."""
-    typed = sys.argv[1:] if argv is None else argv
-    s = parser().parse_args(typed)
+    typed, ap = sys.argv[1:] if argv is None else argv, parser()
+    s = ap.parse_args(typed)
+    need(s.model or not s.dry_run, "--dry-run needs --model")
     s.tiny = s.model in (None, "tiny")
     if s.tiny:
         s = parser().parse_args([*TINY, *([] if s.model else LISTS), *typed])
@@ -118,7 +119,23 @@ def settings(argv=None):
     s.dtype = s.dtype or ("bfloat16" if s.device.startswith("cuda") else "float32")
     fine = "full" not in s.method or s.dtype == "float32"
     need(fine, "--method full takes steps that bfloat16 rounds away: add --dtype float32")
+    refuse_unread(ap, typed, s)
     return s
+
+def refuse_unread(ap, typed, s):
+    """UserError for a typed option that no run of these settings reads."""
+    of = lambda names: (set(s.method) & set(names), "--method " + " or ".join(names))
+    runs = len(s.method) * len(s.seed) * max(len(s.lr), len(s.full_lr or []))
+    ap.refuse_unread(
+        typed, (*of(sails.METHODS), "layers norm_aware freeze_basis sides"), (*of(["full"]), "full_lr"),
+        (*of(sails.READS_SAE), "sae width k tau center subspace drop"), (*of(["sails"]), "score"),
+        (*of(sails.READS_DATA), "contrast contrast_data contrast_pairs"), (*of(["raw-pca"]), "standardise"),
+        (*of(METHODS[:-1]), "r alpha targets"), (s.contrast == "prompts", "--contrast prompts", "last"),
+        (s.sae == "fit", "--sae fit", "fit_width fit_active fit_tokens fit_steps"),
+        (s.sae != "fit", "published SAEs; use --fit-width", "width"),
+        (s.sae == "fit" or s.replay, "--sae fit or --replay", "text"), (runs > 1, "several runs", "jobs"),
+        (s.objective != "sft", "--objective dpo or rloo", "beta sft_steps"),
+        (s.objective == "rloo", "--objective rloo", "samples"))
 
 # ---- objectives ----
 # Each takes the rows of a micro-batch and of the whole batch: (loss to add up, numbers to log). Divided by
@@ -207,34 +224,39 @@ def align(model, rows, s, loss, folder=None):
     params = lora.trainable(model)
     opt = torch.optim.AdamW([p for _, p in params], lr=s.lr, weight_decay=0.0)
     state = folder / "state.safetensors" if folder else None
-    start = lora.load_state(state, params, opt) if folder and s.resume else 0
+    start = lora.load_state(state, params, opt) if folder else 0
     log = folder / "log.jsonl" if folder and lead() else None
     if log:  # lines of steps that will be taken again are dropped
         data.write_rows(log, [row for _, row in data.read_rows(log, growing=True)][:start])
-    with data.progress(total=s.steps, initial=start, desc="align", disable=None if log else True) as bar:
+    bar = data.progress(total=s.steps, initial=start, desc="align", disable=None if log else True)
+    with bar, data.patience() as came:
         for step in range(start, s.steps):
             began = time.perf_counter()
             row = dict(step=step, lr=lr_at(step, s))
             opt.param_groups[0]["lr"] = row["lr"]
             picked = data.batch_at(len(rows), s.batch, s.seed, step)
-            row |= backward(model, [dict(rows[i], at=at) for at, i in enumerate(picked)], s, loss, step)
+            batch = [dict(rows[i], at=at) for at, i in enumerate(picked)]
+            row |= backward(model, batch, s, loss, step, bool(came))
             row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_([p for _, p in params], s.clip))
             finite = math.isfinite(row["loss"] + row["grad_norm"])
             need(finite, f"step {step}: the loss or its gradient is not finite; lower --lr (now {s.lr:g})")
             opt.step()
             opt.zero_grad(set_to_none=True)
+            stop = row.pop("stop") > 0
             if log:
                 row["tokens_per_s"] = round(row["tokens"] / (time.perf_counter() - began))
                 data.append_rows(log, [row])
                 bar.set_postfix(refresh=False, loss=f"{row['loss']:.3f}", tokens_per_s=row["tokens_per_s"])
                 bar.update()
-                if (step + 1) % s.save_every == 0 or step + 1 == s.steps:
+                if stop or (step + 1) % s.save_every == 0 or step + 1 == s.steps:
                     lora.save_state(state, params, opt, step + 1)
+            if stop:
+                break
 
-def backward(model, batch, s, loss, step):
-    """Add up a step's gradients over micro-batches and machines; what to log."""
+def backward(model, batch, s, loss, step, stop=False):
+    """Add up a step's gradients over micro-batches and machines; what to log, and who wants to stop."""
     rank, machines = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine, logged = batch[rank::machines], {"loss": 0.0}
+    mine, logged = batch[rank::machines], {"loss": 0.0, "stop": float(stop)}
     for at in range(0, len(mine), s.micro):
         value, more = loss(mine[at:at + s.micro], batch, step)
         value.backward()
@@ -248,20 +270,6 @@ def backward(model, batch, s, loss, step):
         dist.all_reduce(sums)
         logged = dict(zip(logged, sums.tolist()))
     return logged | {"tokens": sum(sum(r["chosen_tokens"][1]) for r in batch)}
-
-def lead():
-    """True in the process that prints and writes: the only one, or rank 0."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-def together():
-    """Wait for all processes."""
-    if dist.is_initialized():
-        dist.barrier()
-
-def say(*lines):
-    """Print lines, once for all processes."""
-    if lead():
-        print(*lines, sep="\n", flush=True)
 
 # ---- one run ----
 def run(s):
@@ -278,6 +286,8 @@ def run(s):
         try:
             if s.method != "base":
                 start(s, model, sets, folder)
+                for _, p in lora.trainable(model) if dist.is_initialized() else ():
+                    dist.broadcast(p.data, 0)  # all begin as rank 0 does
                 count = sum(p.numel() for _, p in lora.trainable(model))
                 say(f"training {count:,} parameters: {s.objective}, {s.steps} steps of {s.batch}, lr {s.lr}")
                 reference = base_reference(model) if s.objective != "sft" or s.replay > 0 else None
@@ -311,11 +321,15 @@ def choose_sources(s):
     need(s.data or s.dry_run or not Path(s.model).exists(), f"give --data FILE (or --data {HH}, on the hub)")
     repo, width, layers = known or (None, "16k", sorted({config.n_layers * q // 4 for q in (1, 2, 3)}))
     s.sae, s.width, s.layers, s.data = s.sae or repo, s.width or width, s.layers or layers, s.data or HH
+    s.sae = s.sae if reads else None
     s.width = str(s.fit_width) if s.sae == "fit" else s.width
     shown = ",".join(map(str, s.layers))
     inside = all(0 <= i < config.n_layers for i in s.layers)
     need(inside, f"--layers {shown}: the model has layers 0..{config.n_layers - 1}")
-    tok = None if s.dry_run else data.load_tokenizer(s.model)
+    need(s.r <= config.d_model, f"--r {s.r}: the model's residual stream has {config.d_model} dimensions")
+    for i in s.layers if reads and s.sae != "fit" and not s.dry_run else ():
+        sae_module.sae_file(s.sae, i, s.width)  # before anything is downloaded
+    tok = None if s.dry_run else data.load_tokenizer(s.model, config.vocab_size)
     s.template = s.template or data.default_template(s.model, tok)
     saes = f"; SAEs: {s.sae}, width {s.width}, layers {shown}" if reads else ""
     say(f"{s.model}: template {s.template}, {s.dtype} on {s.device}; data: {s.data}{saes}")
@@ -336,33 +350,26 @@ def dry_run(s, config):
 
 @contextlib.contextmanager
 def open_folder(s):
-    """Lend the run's folder with run.json in it; an existing run continues only with --resume.
-    One refused before its first checkpoint leaves no run.json: the next try is not asked to resume it."""
-    path, folder = Path(s.out) / "run.json", Path(s.out)
-    begun, left_out = path.exists(), ("resume", "dry_run", "out", "shared", "jobs", "device", "tiny")
+    """Lend the run's own folder with run.json in it; an existing run continues only with --resume."""
+    folder, left_out = Path(s.out), ("resume", "dry_run", "out", "shared", "jobs", "device", "tiny")
     own = {k: v for k, v in vars(s).items() if k not in left_out} | dict(sources=sources(s))
-    together()  # all have looked before one writes
-    need(s.resume or not begun, f"{folder} holds a run: add --resume to continue it, or choose another --out")
-    if lead() or begun:
-        data.same_settings(path, own)
-    s.resume = begun
-    together()
-    try:
+    with data.owned(folder, "run.json") if lead() else contextlib.nullcontext(True) as begun:
+        if lead():
+            need(s.resume or not begun, f"{folder} holds a run: add --resume to continue it, or use another --out")
+            data.same_settings(folder / "run.json", own)
+        together()
+        if not lead():  # another machine may hold other files
+            data.same_settings(folder / "run.json", own)
         yield folder
-    except UserError:
-        if lead() and not begun and not (folder / "state.safetensors").exists():
-            path.unlink()
-            with contextlib.suppress(OSError):  # other files are there
-                folder.rmdir()
-        raise
 
 def sources(s):
     """Download all that the run will read; {what: commit sha, or hash of local files}."""
     out = dict(model=data.fingerprint(s.model, ["*.json", *model_gemma.weight_files(s.model)[1]]))
     out["data"] = data.fingerprint(s.data, list(data.data_files(s.data)[1].values()), "dataset")
     if s.method in sails.READS_SAE and s.sae != "fit":
-        out["sae"] = [data.fingerprint(s.sae, [sae_module.fetch_sae(s.sae, i, s.width)[1]]) for i in s.layers]
-    return out
+        out["sae"] = [data.fingerprint(s.sae, [sae_module.sae_file(s.sae, i, s.width)]) for i in s.layers]
+    more = [x for x in (*(s.test or []), s.text, s.contrast_data) if x]
+    return out | {x: data.fingerprint(x, data.listing(x, "dataset"), "dataset") for x in more}
 
 def load_sets(s):
     """All that runs read, encoded once; parts that --data lacks are split off by prompt."""
@@ -417,8 +424,7 @@ def subspace(s, model, sets, folder):
     """Stages 1 and 2: {SAE layer: V (D, r_s)}, kept in the run's folder for --resume."""
     path = folder / "subspace.safetensors"
     if path.exists():
-        with safe_open(path, "pt") as f:
-            return {int(k[2:]): f.get_tensor(k) for k in f.keys() if k.startswith("V.")}
+        return {int(k[2:]): V for k, V in model_gemma.read_tensors(path) if k.startswith("V.")}
     saes, pairs, stats = dict.fromkeys(s.layers), [], {i: dict(D=model.config.d_model) for i in s.layers}
     reads = "model data shared sae width layers contrast contrast_data contrast_pairs last"
     key = [vars(s)[k] for k in reads.split()]
@@ -468,7 +474,7 @@ def load_saes(s, model, sets):
         sae_module.check_fit(sae, model, i)
         x = sae_module.collect_residuals(model, texts, [i], 1000)[i]
         q = sae_module.sae_quality(sae, x.to(s.device))
-        warning = "   warning: it explains next to nothing; whose is it?" if q["fve"] < .1 else ""
+        warning = "" if q["fve"] >= .1 else "   warning: it explains next to nothing; whose is it?"
         say(f"layer {i}: {sae.name}, FVE {q['fve']:.2f} (standardised {q['fve_standardised']:.2f}), "
             f"L0 {q['l0']:.0f}{warning}")
     return saes
@@ -541,13 +547,31 @@ def each(jobs, runs):
     if jobs == 1:
         yield from map(quiet_run, runs)
     else:
-        with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-            yield from pool.map(quiet_run, runs)
+        with ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker) as pool:
+            try:
+                yield from pool.map(quiet_run, runs)
+            except BrokenProcessPool:
+                raise UserError("a run's process was killed; out of memory? Try a lower --jobs") from None
+            except KeyboardInterrupt:
+                for worker in active_children():  # each saves what it has
+                    worker.terminate()
+                raise
+
+def begin_worker():
+    """Set a process up for runs of one thread each."""
+    torch.set_num_threads(1)
+    data.on_signals(lambda number, frame: os._exit(1))
+    data.follow_parent()
 
 def quiet_run(s):
     """run() without its words, which stand in the files it leaves."""
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
-        run(s)
+        try:
+            run(s)
+        except KeyboardInterrupt:
+            if parent_process():
+                os._exit(1)  # not the next run
+            raise
 
 def headline(r):
     """One run's columns: rates on its first set of prompts, else likelihood of held-out pairs."""
@@ -606,17 +630,21 @@ def conclusion(results, title, rates):
 
 def report(folder, runs):
     """Write and print the table of runs, read from their folders."""
-    lines = table([data.read_json(Path(r.out) / "results.json") for r in runs])
+    paths = [Path(r.out) / "results.json" for r in runs]
+    kinds = dict(method=str, seed=int, validation=dict, sets=dict)
+    with data.expecting(f"damaged results in {folder}; delete the run's folder", KeyError, TypeError, ValueError):
+        lines = table([data.read_json(path, **kinds) for path in paths])
     data.write_text(folder / "table.md", "\n".join(lines) + "\n")
     chosen = [Path(r.out) / "features.json" for r in runs if r.method == "sails"]
     if chosen and len(runs) > 2:  # a single run has printed them
-        shown = sae_module.feature_lines(data.read_json(chosen[0]))
+        shown = sae_module.feature_lines(data.parse(data.read_bytes(chosen[0]), chosen[0]))
         say(f"Features that SAILS chose ({chosen[0].with_suffix('.md')}):", *shown, "")
     say(*lines, f"Saved in {folder}: a folder a run, table.md")
 
 def main():
     s = settings()
     if "RANK" in os.environ and not s.dry_run:  # torchrun
+        data.follow_parent()
         dist.init_process_group("nccl" if s.device.startswith("cuda") else "gloo")
         s.device = f"cuda:{os.environ['LOCAL_RANK']}" if s.device.startswith("cuda") else s.device
         s.jobs = 1  # the ranks share every run
@@ -633,16 +661,20 @@ def main():
     folder = Path(s.out or (f"runs/{name}-{s.method[0]}-{s.seed[0]}" if one else f"runs/{name}"))
     runs = combinations(s, folder)
     if one:
-        runs[1].out, runs[1].resume = str(folder), s.resume
         for r in reversed(runs):  # the base last: a refused run leaves nothing behind
+            r.shared, r.out = str(folder), str(folder / "base" if r.method == "base" else folder)
+            r.resume = s.resume or r.method == "base"
             run(r)
-    else:
-        with data.progress(total=len(runs), desc="runs", disable=None if lead() else True) as bar:
-            for first in (True, False):  # the bases measure and fit what other runs share
-                for _ in each(s.jobs, [r for r in runs if (r.method == "base") == first]):
-                    bar.update()
-    if lead():
-        report(folder, runs)
+        return lead() and report(folder, runs)
+    with data.owned(folder, "runs.json") if lead() else contextlib.nullcontext():
+        if lead():
+            data.write_json(folder / "runs.json", dict(runs=[r.out for r in runs]))
+        bar = data.progress(total=len(runs), desc="runs", disable=None if lead() else True)
+        for first in (True, False):  # the bases measure and fit what other runs share
+            for _ in each(s.jobs, [r for r in runs if (r.method == "base") == first]):
+                bar.update()
+        if lead():
+            report(folder, runs)
 
 if __name__ == "__main__":
     data.run_main(main)

@@ -81,14 +81,14 @@ OPTIONS = {  # what differs: options, each after the ones that it needs
     "start end trained": "--targets q,o",
     "end": """--alpha 3; --lr 3e-3; --steps 3; --batch 5; --warmup 0; --clip 1e9; --seed 1; --objective dpo
         --objective dpo : --beta 3; --objective dpo : --sft-steps 4; --objective rloo : --samples 2
-        --objective rloo : --beta 3; --text TEXT : --replay .5; --text TEXT --replay .5 : --replay 2
+        --objective rloo : --beta 3; --text TEXT --replay .5; --text TEXT --replay .5 : --replay 2
         --text TEXT --replay .5 : --text TEXT2; --method full : --full-lr 1e-3
         --method full : --objective rloo""",
     "end trained": "--freeze-basis",
     "end replies": "--objective rloo : --max-new 3",
     "replies": "--test TEST; --max-new 3",
     "memory": "--checkpointing",
-    "": "--micro 8; --save-every 2; --text TEXT"}
+    "": "--micro 8; --save-every 2"}
 
 @pytest.fixture(scope="module")
 def made(home, tmp_path_factory):
