@@ -61,21 +61,14 @@ class Arguments(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message[:300]} (--help lists the options)")
 
-    def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
-        with expecting("an argument is not UTF-8 text", UnicodeEncodeError):
-            "".join(args).encode()
-        need("" not in args, "an argument is empty; an unset variable?")
-        return super().parse_known_args(args, namespace)
-
-    def refuse_unread(self, argv, *rules):
+    def refuse_unread(self, *rules):
         """UserError for a typed option that nothing reads. Rules: (holds, what it takes, options)."""
-        untyped = argparse.Namespace(**dict.fromkeys(a.dest for a in self._actions))
-        typed = vars(self.parse_args(argv, untyped))  # with a value there no default is put in
-        for holds, wanted, options in rules:
-            for name in options.split():
-                unread = f"--{name.replace('_', '-')} is not read here; it needs {wanted}"
-                need(holds or typed[name] is None, unread)
+        untyped = argparse.Namespace(**dict.fromkeys(a.dest for a in self._actions))  # keeps defaults out
+        typed = vars(self.parse_args(None, untyped))
+        unread = [(o, wanted) for holds, wanted, some in rules if not holds for o in some.split()
+                  if typed[o] is not None]
+        for name, wanted in unread:
+            self.error(f"--{name.replace('_', '-')} is not read here; it needs {wanted}")
 
 def at_least(low, kind=int, high=None):
     """An argument's type: a number from low to high, by default so high that it limits nobody."""
@@ -103,12 +96,12 @@ def device(text):
 
 # ---- helpers: a process, its streams and its signals ----
 def run_main(main):
-    """Run a script's main(): a UserError is one line and exit code 2, a signal says how to go on."""
+    """Run a script's main(): an error is one line and exit code 2, a signal says how to go on."""
     sys.stdout, sys.stderr, code = _Stream(sys.stdout), _Stream(sys.stderr), 2
     on_signals(interrupt)
     try:
         code = main()
-    except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as e:
+    except (UserError, OSError, UnicodeError, MemoryError, torch.OutOfMemoryError) as e:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(1)  # what rank 0 refuses too ends this process first: one line, not one a rank
         note(f"error: {' '.join(str(e).split()) or 'out of memory'}")
@@ -123,7 +116,6 @@ def note(line):
 
 class _Stream:
     """A standard stream: what no reader takes is dropped, control characters are spelt out."""
-
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")
 
@@ -198,7 +190,7 @@ def owned(folder, marker):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
     try:
-        with expecting(f"another process works in {folder}; wait for it, or choose another --out", OSError):
+        with expecting(f"another process works in {folder}; wait, or choose another --out", OSError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         begun = (folder / marker).exists()
         need(begun or not any(folder.iterdir()), f"{folder} has files in it but no {marker}, so is not ours")
@@ -278,7 +270,7 @@ def parse(raw, where):
     with expecting(f"{where}: not usable JSON", ValueError, RecursionError):
         value = json.loads(raw)
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    return value
+        return value
 
 def read_json(path, **kinds):
     """One JSON file's object, see check."""
@@ -465,15 +457,14 @@ def _hub_errors(repo, rev, kind):
 # ---- tokenizer and chat templates ----
 def load_tokenizer(spec, vocab_size=None):
     """The tokenizers.Tokenizer of a model; <bos> must be 2, as in every Gemma.
-    vocab_size: the model's. Words have ids below it; Gemma 3's marker of an image, which no text is, has not.
-    """
+    vocab_size: the model's. Words have ids below it; Gemma 3's marker of an image, in no text, has not."""
     path = fetch(spec, ["tokenizer.json"])[0] / "tokenizer.json"
     with expecting(f"{path}: not a tokenizer file", Exception):  # the library raises no other kind
         tok = Tokenizer.from_file(str(path))
     need(tok.token_to_id("<bos>") == BOS, f"{path}: <bos> is not token {BOS}, as in every Gemma; wrong file?")
     added = (i for i, token in tok.get_added_tokens_decoder().items() if not token.special)
     most = 1 + max([tok.get_vocab_size(with_added_tokens=False) - 1, *added])
-    need(most <= (vocab_size or most), f"{path}: {most} words, but the model knows {vocab_size}; wrong file?")
+    need(most <= (vocab_size or most), f"{path}: {most} words, the model has {vocab_size}; wrong file?")
     tok.no_padding()  # some published files switch these on
     tok.no_truncation()
     return tok
@@ -509,10 +500,10 @@ def _end(tok, template):
     need(found is not None, f"template {template}: the tokenizer has no {end}; choose another --template")
     return found
 
-FORGED = re.compile(r"\n\n+(?=(?:Human|Assistant):)")  # what would begin a turn in HH's form, which has no markers
+FORGED = re.compile(r"\n\n+(?=(?:Human|Assistant):)")  # begins a turn in HH's form, which has no markers
 
 def note_forged(examples, template):
-    """Say how many examples hold a turn's beginning, which render_chat makes one that begins none."""
+    """Say how many examples hold a turn's beginning, which render_chat will defuse."""
     texts = lambda ex: [*(t["content"] for t in ex["turns"]), ex.get("chosen"), ex.get("rejected")]
     n = sum(any(FORGED.search(x or "") for x in texts(ex)) for ex in examples) * (template == "hh")
     if n:

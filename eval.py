@@ -4,7 +4,7 @@
 Published safety rates differ by token limit, template and judge. So replying (responses.jsonl) and judging
 (verdicts.jsonl) are two steps, settings beside them; replies without a verdict are counted apart;
 over-refusal, which the paper leaves out, stands beside safety.
-Order: replies - judges - measures - what alignment cost.   Letters: B batch, T tokens, n positions.
+Order: replies - judges - measures - what alignment cost - several runs.   Letters: B batch, T tokens.
 """
 import contextlib
 import hashlib
@@ -16,6 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from http.client import HTTPException
 from pathlib import Path
@@ -32,7 +33,7 @@ from data import UserError, need
 def respond(model, tok, prompts, path, template, max_new=256, batch_size=16, temperature=0.0, seed=0):
     """Replies to prompts, in their order; those that responses.jsonl at `path` lacks are made.
     prompts as data.read_prompts gives them; model None: every reply must exist."""
-    old = read_responses(path, growing=True)
+    old = [row for _, row in data.read_rows(path, growing=True, **RESPONSES)]
     done = {row["id"]: row for row in old}
     need(len(done) == len(old), f"{path} answers a prompt twice; did two runs write it? Use another --out")
     for p in prompts:
@@ -61,16 +62,10 @@ def respond(model, tok, prompts, path, template, max_new=256, batch_size=16, tem
     data.write_rows(path, rows + list(done.values()))  # replies that are not asked for this time are kept
     return rows
 
-def read_responses(path, growing=False):
-    """The rows of a responses.jsonl."""
-    kinds = dict.fromkeys(("id", "prompt_sha256", "set", "reply"), str) | dict(finish=("stop", "length"))
-    kinds |= dict(label=("harmful", "benign", None), tokens=range(2**31), as_expected=(bool, None))
-    return [row for _, row in data.read_rows(path, growing, **kinds)]
-
-def read_verdicts(path, growing=False):
-    """The rows of a verdicts.jsonl."""
-    kinds = dict.fromkeys(("judge", "id", "reply_sha256"), str) | dict(score=(range(1, 6), None))
-    return [row for _, row in data.read_rows(path, growing, refused=(bool, None), reason=(str, None), **kinds)]
+RESPONSES = dict.fromkeys(("id", "prompt_sha256", "set", "reply"), str) | dict(
+    label=("harmful", "benign", None), finish=("stop", "length"), as_expected=(bool, None), tokens=int)
+VERDICTS = dict.fromkeys(("judge", "id", "reply_sha256"), str) | dict(
+    score=(range(1, 6), None), refused=(bool, None), reason=(str, None))
 
 def _response(tok, prompt, ids, stop):
     ended = bool(ids) and ids[-1] in stop
@@ -208,7 +203,7 @@ def judge_all(rows, prompts, names, judge, path):
     Of a model's verdicts only those that are missing are asked for."""
     request = {p["id"]: "\n\n".join(t["content"] for t in p["turns"]) for p in prompts}
     sha = {r["id"]: hashlib.sha256(r["reply"].encode()).hexdigest()[:16] for r in rows}
-    old, todo = read_verdicts(path, growing=True), []
+    old, todo = [v for _, v in data.read_rows(path, growing=True, **VERDICTS)], []
     kept = {(v["judge"], v["id"]): v for v in old if v["reply_sha256"] == sha.get(v["id"], v["reply_sha256"])}
     asked = sorted({*names, *(v["judge"] for v in old)} & PHRASE_JUDGES.keys())
     if judge:  # the rubric's hash is part of the name: scores by another wording are other scores
@@ -402,6 +397,62 @@ def kl_from_base(model, base, tok, path, max_tokens=512):
     kls = [float(kl_sums(model, lend, [x])[0]) / len(x) for x in data.progress(ids, desc="kl", disable=None)]
     return {"KL from the base, nats per token": dict(n=len(ids), value=interval(kls, list(map(len, ids))))}
 
+# ---- several runs ----
+def headline(r):
+    """One run's columns: rates on its first set of prompts, else likelihood of held-out pairs."""
+    rates = next(iter(r["sets"].values()), {})
+    keys = ("safety rate", "over-refusal", "help", "balance", "knowledge") if rates else (
+        NLL, "prefers chosen, whole reply", "prefers chosen, per token")
+    return {k: x for k in keys if (x := {**r, **rates}.get(k)) is not None}
+
+def mean(x):
+    """The mean of an interval, or a number as it is."""
+    return x[0] if isinstance(x, (list, tuple)) else x
+
+def best_rates(results):
+    """{method: best rate}: by mean validation balance, if there is one, then validation NLL."""
+    ranks = defaultdict(lambda: defaultdict(list))
+    for r in results:
+        ranks[r["method"]][r["lr"]].append((r["validation"].get("balance") or 0.0, -r["validation"]["NLL"]))
+    return {m: max(rates, key=lambda lr: tuple(np.mean(rates[lr], 0).round(9))) for m, rates in ranks.items()}
+
+def table(results):
+    """Markdown lines: a row a method at its best rate, the rule, and a conclusion."""
+    best, seeds, rows = best_rates(results), len({r["seed"] for r in results}), {}
+    for m, lr in best.items():
+        mine = [r for r in results if (r["method"], r["lr"]) == (m, lr)]  # one a seed
+        over = lambda c: data.t_interval([mean(headline(r)[c]) for r in mine])
+        row = headline(mine[0]) if seeds == 1 else {c: over(c) for c in headline(mine[0])}
+        name = "base" if m == "base" else f"{m}, lr {lr:g}"
+        rows[name] = row | dict(parameters=mine[0].get("parameters"))
+    base, chosen_by = rows.pop("base") if len(best) > 2 else {}, "balance" in results[0]["validation"]
+    lines = markdown(f"scored on: {next(iter(results[0]['sets']), 'held-out pairs')}", rows)
+    if len(results) > 2 * seeds:
+        rule = "balance on validation prompts, then validation NLL" if chosen_by else "validation NLL"
+        spread = f"± is a 95 % t-interval over {seeds} seeds" if seeds > 1 else "[ ]: 95 % over prompts"
+        lines += ["", f"{spread}. Rate: the best mean {rule}."]
+    if base:
+        values = [f"{c} {mean(x):.3f}" for c, x in base.items() if x is not None]
+        lines.append("Before alignment: " + ", ".join(values))
+    if "sails" in best and len(best) > 2 and seeds > 1:
+        lowest = {m: min(r["lr"] for r in results if r["method"] == m) for m in best}
+        lines += [conclusion(results, "Tuned", best), conclusion(results, "At the lowest rate", lowest)]
+    return lines
+
+def conclusion(results, title, rates):
+    """One sentence: SAILS against each method at these rates, paired by seed, 95 % intervals."""
+    measure, sign = ("balance", 1) if "balance" in headline(results[0]) else (NLL, -1)
+    values = {m: np.array([mean(headline(r)[measure]) for r in results if (r["method"], r["lr"]) == (m, lr)])
+              for m, lr in rates.items() if m != "base"}
+    words = {"is ahead of": [], "cannot be told from": [], "is behind": []}
+    for m in [m for m in values if m != "sails"]:
+        gap, half = data.t_interval(sign * (values["sails"] - values[m]))
+        word = "is ahead of" if gap > half else "is behind" if gap < -half else "cannot be told from"
+        words[word].append(m)
+    means = ", ".join(f"{m} {v.mean():.3f}" for m, v in values.items())
+    verdict = ", ".join(f"{word} {', '.join(ms)}" for word, ms in words.items() if ms)
+    return f"{title}, {measure}: {means}. SAILS {verdict}."
+
 # ---- main ----
 def parser():
     """Every setting."""
@@ -439,10 +490,11 @@ def parser():
 def load(args, spec, adapter=None):
     """(model, tokenizer, what to write beside results about them)."""
     model = model_gemma.load_gemma(spec, model_gemma.DTYPES[args.dtype], args.device)
-    notes = dict(model=str(spec), weights=data.fingerprint(spec, ["*.json", "*.safetensors"]), adapter=adapter)
+    weights = data.fingerprint(spec, ["*.json", "*.safetensors"])
+    notes = dict(model=str(spec), weights=weights, adapter=adapter)
     if adapter:
         lora.load_adapter(model, adapter)
-        notes["adapter_weights"] = data.fingerprint(adapter, ["adapter_config.json", "adapter_model.safetensors"])
+        notes["adapter_weights"] = data.fingerprint(adapter, ["adapter_*"])
         if args.merged:
             lora.merge(model)
     tok = data.load_tokenizer(spec, model.config.vocab_size)
@@ -473,7 +525,7 @@ def judges(args):
     url = re.sub(r"(/chat/completions)?/*$", "/chat/completions", urls[0], count=1)
     settings = {k: getattr(args, "judge_" + k) for k in ("timeout", "tries", "pause", "parallel", "key_env")}
     key = os.environ.get(args.judge_key_env) or ""
-    need(re.fullmatch("[!-~]*", key), f"the key in {args.judge_key_env} holds a blank, a line end or the like")
+    need(re.fullmatch("[!-~]*", key), f"the key in {args.judge_key_env} holds a blank or a line end")
     return names, dict(name=args.judge_model, url=url, key=key, **settings)
 
 def settings():
@@ -483,11 +535,11 @@ def settings():
     measured, url = args.pairs or args.knowledge or args.kl, any("://" in j for j in args.judge)
     need(args.out and (args.prompts or measured), "give --out and --prompts, --pairs, --knowledge or --kl")
     need(args.model or not measured, "--pairs, --knowledge and --kl need --model")
+    of_url = " ".join(f"judge_{k}" for k in ("model", "key_env", "timeout", "tries", "pause", "parallel"))
     ap.refuse_unread(
-        None, (args.model, "--model", "adapter merged base template max_new temperature seed batch_size"),
-        (args.prompts, "--prompts", "limit judge max_new temperature seed"), (args.kl, "--kl", "base"),
-        (args.prompts or args.pairs, "--prompts or --pairs", "template"),
-        (url, "a --judge URL", "judge_model judge_key_env judge_timeout judge_tries judge_pause judge_parallel"))
+        (args.model, "--model", "adapter merged base template max_new temperature seed batch_size"),
+        (args.prompts, "--prompts", "limit judge max_new temperature seed"), (url, "--judge URL", of_url),
+        (args.prompts or args.pairs, "--prompts or --pairs", "template"), (args.kl, "--kl", "base"))
     return args
 
 def main():
@@ -515,8 +567,8 @@ def write(args, out, prompts, names, judge):
                        args.temperature, args.seed)
         verdicts = judge_all(rows, prompts, names, judge, out / "verdicts.jsonl")
         results["judges"] = tabulate(rows, verdicts)
-        for name, table in results["judges"].items():
-            lines += [f"## Judge: {data.plain(name)}", "", *markdown("prompts", table), ""]
+        for name, sets in results["judges"].items():
+            lines += [f"## Judge: {data.plain(name)}", "", *markdown("prompts", sets), ""]
     results["costs"] = costs(args, model, tok, template)
     if results["costs"]:
         lines += ["## What alignment cost", "", *markdown("measure", results["costs"]), ""]

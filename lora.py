@@ -31,7 +31,6 @@ NORMS = dict.fromkeys("qkv", "input_layernorm") | dict(
 class LoRALinear(nn.Module):
     """A frozen linear layer and its adapter A (r, in), B (out, r), in fp32 for any dtype.
     kept: the layer's weight while the adapter is merged into it. start: the subspace V as set in."""
-
     def __init__(self, linear, place, layer, r, alpha):
         super().__init__()
         on = dict(device=linear.weight.device)
@@ -66,8 +65,8 @@ def attach(model, targets=("q", "k", "v", "o"), r=16, alpha=32, layers=None):
     layers = range(n) if layers is None else layers
     known, inside = targets and set(targets) <= set(PLACES), all(0 <= i < n for i in layers)
     need(known, f"targets {','.join(targets)}: choose from {', '.join(PLACES)}")
-    need(1 <= r <= model.config.d_model, f"rank {r}: must be from 1 to {model.config.d_model}, the model's width")
-    need(inside, f"layers {list(layers)}: the model has layers 0..{n - 1}")
+    need(1 <= r <= model.config.d_model and inside, f"rank {r}, layers {list(layers)}: the model has layers "
+         f"0..{n - 1} and {model.config.d_model} dimensions")
     model.requires_grad_(False)
     for i in layers:
         for place in targets:
@@ -198,9 +197,9 @@ def save_adapter(model, folder, base="", provenance=None):
     """Write adapter_model.safetensors (fp32), adapter_config.json and, if given, sails.json."""
     folder, mods = Path(folder), adapters(model)
     one, layers = mods[0][1], sorted({m.layer for _, m in mods})
-    name, revision = (str(base), "") if Path(base).exists() else str(base).partition("@")[::2]
+    name, revision = (str(base), None) if Path(base).exists() else (*str(base).split("@"), None)[:2]
     config = dict(
-        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=name, revision=revision or None, r=one.r,
+        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=name, revision=revision, r=one.r,
         lora_alpha=one.scale * one.r, target_modules=sorted({PLACES[m.place].split(".")[1] for _, m in mods}),
         lora_dropout=0.0, bias="none", use_rslora=False, use_dora=False, fan_in_fan_out=False,
         modules_to_save=None, layers_to_transform=None if len(layers) == model.config.n_layers else layers,
@@ -221,8 +220,8 @@ def read_adapter(folder):
     need(path.is_file(), f"{folder}: no adapter_config.json in it; give the folder of a finished run")
     # other starts (pissa, olora, corda, ...) change the base weights too, which are not in this folder
     starts, switch = (True, False, "gaussian", "orthogonal", "eva", None), (bool, None)
-    c = data.read_json(path, peft_type="LORA", r=range(1, 2**20), lora_alpha=data.POSITIVE, bias=("none", None),
-                       init_lora_weights=starts, use_rslora=switch, base_model_name_or_path=(str, None))
+    c = data.read_json(path, peft_type="LORA", r=range(1, 2**20), lora_alpha=data.POSITIVE, use_rslora=switch,
+                       bias=("none", None), init_lora_weights=starts, base_model_name_or_path=(str, None))
     extras = "rank_pattern alpha_pattern modules_to_save use_dora fan_in_fan_out"
     special = [k for k in extras.split() if c.get(k)]
     need(not special, f"{folder}: not a plain LoRA adapter ({', '.join(special)})")
@@ -261,19 +260,16 @@ def load_state(path, params, opt):
     """Put a checkpoint into parameters and optimizer; the next step, 0 without a checkpoint."""
     if not path.exists():
         return 0
-    want, moments = {"p." + name: p for name, p in params}, {}
-    want |= {x + name: p for x in ("m.", "v.") for name, p in params}
-    found = model_gemma.tensor_shapes(path)
-    model_gemma.check_shapes(path, found, {name: p.shape for name, p in want.items()}, "another run's checkpoint?")
+    want = {x + name: p.shape for x in ("p.", "m.", "v.") for name, p in params}
+    model_gemma.check_shapes(path, model_gemma.tensor_shapes(path), want, "another run's checkpoint?")
     with safe_open(path, "pt") as f:
         step = (f.metadata() or {}).get("step", "")
     need(step.isdecimal() and len(step) < 10, f"{path}: has no step, so is not a checkpoint")
-    for name, t in model_gemma.read_tensors(path):
-        moments[name] = t.to(want[name].device)
+    saved = dict(model_gemma.read_tensors(path))
     for name, p in params:
-        p.copy_(moments["p." + name])
-        opt.state[p] = dict(exp_avg=moments["m." + name], exp_avg_sq=moments["v." + name],
-                            step=torch.tensor(float(step)))
+        p.copy_(saved["p." + name])
+        m, v = (saved[x + name].to(p.device) for x in ("m.", "v."))
+        opt.state[p] = dict(exp_avg=m, exp_avg_sq=v, step=torch.tensor(float(step)))
     return int(step)
 
 def main():

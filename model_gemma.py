@@ -29,9 +29,9 @@ def config_from_json(raw):
     """A model's shape from config.json's dict, in transformers' old and new spellings.
     UserError for what this forward does not compute: another family, biases, an untied head, scaled RoPE."""
     data.check(raw, "config.json", **KINDS)
-    g2, heads, shared = (raw[k] for k in ("model_type", "num_attention_heads", "num_key_value_heads"))
-    g2, whole = g2 == "gemma2", heads % shared == 0 and raw["head_dim"] % 2 == 0
-    need(whole, f"config.json: {heads} heads on {shared} of keys and values, head_dim {raw['head_dim']}")
+    g2, heads, shared = raw["model_type"] == "gemma2", raw["num_attention_heads"], raw["num_key_value_heads"]
+    whole = heads % shared == 0 and raw["head_dim"] % 2 == 0
+    need(whole, f"config.json: {heads} heads cannot share {shared}, or head_dim {raw['head_dim']} is odd")
     return SimpleNamespace(
         d_model=raw["hidden_size"], n_layers=raw["num_hidden_layers"], d_mlp=raw["intermediate_size"],
         n_heads=heads, n_kv_heads=shared,
@@ -45,24 +45,22 @@ def config_from_json(raw):
         qk_norm=not g2,  # Gemma 3 normalises each head's query and key
         raw=raw)  # config.json itself, to be saved again
 
-# What config.json may say: no biases, no untied head, no other family. Sizes have ends, so that nobody's
-# number is allocated before the weights have been looked at
-KINDS = dict(model_type=("gemma2", "gemma3_text"), num_hidden_layers=range(1, 1001), vocab_size=range(1, 2**24))
-KINDS |= dict.fromkeys(("hidden_size", "intermediate_size", "head_dim"), range(1, 2**20))
+# What config.json may say. Sizes have ends, so that no number is allocated before the weights are looked at
+KINDS = dict(model_type=("gemma2", "gemma3_text"), num_hidden_layers=range(1, 1001), layer_types=(list, None),
+             tie_word_embeddings=(True, None), rope_parameters=(dict, None), rope_scaling=(dict, None))
+KINDS |= dict.fromkeys(("hidden_size", "intermediate_size", "head_dim", "vocab_size"), range(1, 2**24))
 KINDS |= dict.fromkeys(("num_attention_heads", "num_key_value_heads"), range(1, 2**12))
 KINDS |= dict.fromkeys(("sliding_window", "sliding_window_pattern"), (range(1, 2**31), None))
 KINDS |= dict.fromkeys(("hidden_activation", "hidden_act"), ("gelu_pytorch_tanh", None))
 KINDS |= dict.fromkeys(("attention_bias", "use_bidirectional_attention"), (False, None))
 KINDS |= dict.fromkeys(("rms_norm_eps", "query_pre_attn_scalar", "attn_logit_softcapping", "rope_theta",
                         "final_logit_softcapping", "rope_local_base_freq"), (data.POSITIVE, None))
-KINDS |= dict(tie_word_embeddings=(True, None), layer_types=(list, None), rope_parameters=(dict, None),
-              rope_scaling=(dict, None))
 
 def _local_layers(raw, g2):
     """Per layer, is it local? By default even layers in Gemma 2, all but every sixth in Gemma 3."""
-    n, every, kinds = raw["num_hidden_layers"], raw.get("sliding_window_pattern") or 6, raw.get("layer_types")
+    n, kinds, every = raw["num_hidden_layers"], raw.get("layer_types"), raw.get("sliding_window_pattern")
     if kinds is None:
-        return [(i + 1) % (2 if g2 else every) != 0 for i in range(n)]
+        return [(i + 1) % (2 if g2 else every or 6) != 0 for i in range(n)]
     known = len(kinds) == n and all(k in ("sliding_attention", "full_attention") for k in kinds)
     need(known, f"config.json: layer_types must name {n} layers, each sliding_attention or full_attention")
     return [k == "sliding_attention" for k in kinds]
@@ -97,7 +95,6 @@ def softcap(x, cap):
 
 class RMSNorm(nn.Module):
     """x / rms(x) * (1 + weight) in fp32, cast last; Llama's cast before the gain moves logits."""
-
     def __init__(self, dim, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(dim))  # stored as an offset: 0 is the identity
@@ -108,7 +105,6 @@ class RMSNorm(nn.Module):
 
 class _Norm(torch.autograd.Function):
     """RMSNorm's arithmetic and its gradient by hand: autograd would walk through seven tensors."""
-
     @staticmethod
     def forward(ctx, x, weight, eps):
         y = x.float()
@@ -153,7 +149,6 @@ def attend_mask(pos_q, pos_k, keep_k, window=None):
 
 class KVCache:
     """Keys and values so far, (B, K, S, d) a layer; their positions and padding (B, S)."""
-
     def __init__(self):
         self.k, self.v, self.pos, self.keep = {}, {}, None, None
 
@@ -173,7 +168,6 @@ class KVCache:
 
 class Attention(nn.Module):
     """Grouped-query attention with RoPE and soft-capped scores; Gemma 3 norms queries and keys."""
-
     def __init__(self, c, layer):
         super().__init__()
         self.c, self.layer = c, layer
@@ -207,7 +201,6 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """GeGLU with the tanh approximation of gelu."""
-
     def __init__(self, c):
         super().__init__()
         self.gate_proj = nn.Linear(c.d_model, c.d_mlp, bias=False)
@@ -220,7 +213,6 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Norm before and after each branch; the second acts on the branch before it is added.
     want (B, T) bool: what follows attention is done for these positions only and comes back as (n, D)."""
-
     def __init__(self, c, layer):
         super().__init__()
         self.self_attn, self.mlp = Attention(c, layer), MLP(c)
@@ -238,7 +230,6 @@ class Block(nn.Module):
 # ---- the model ----
 class Gemma(nn.Module):
     """The whole decoder. Parameter names are the published ones without their leading `model.`"""
-
     def __init__(self, c):
         super().__init__()
         self.config = c
@@ -326,7 +317,6 @@ class _ChunkedNLL(torch.autograd.Function):
     """Head, cap and cross-entropy by chunks: 4 x 512 positions of a 256,000-word head are 2 GB.
     With a frozen head the gradient for h is made at once, while a chunk's logits are there; a trainable one
     (tied) is worked out again in the backward pass."""
-
     @staticmethod
     def forward(ctx, h, table, targets, cap, chunk):
         ctx.cap, ctx.chunk, ctx.head_trains = cap, chunk, table.requires_grad
@@ -419,11 +409,11 @@ def _opened(path):
             yield f
 
 def tensor_shapes(path, kinds=("F64", "F32", "F16", "BF16")):
-    """{name: shape} of a safetensors file; reads its header only. UserError for tensors of no such kind."""
+    """{name: shape} of a safetensors file, by its header; UserError for tensors of no such kind."""
     with _opened(path) as f:
         parts = {name: f.get_slice(name) for name in f.keys()}
     for name, part in parts.items():
-        need(part.get_dtype() in kinds, f"{path}: tensor {name} is {part.get_dtype()}, wanted {'/'.join(kinds)}")
+        need(part.get_dtype() in kinds, f"{path}: tensor {name}: {part.get_dtype()}, wanted one of {kinds}")
     return {name: tuple(part.get_shape()) for name, part in parts.items()}
 
 def read_tensors(path):

@@ -31,7 +31,6 @@ FAMILIES = {
 
 class JumpReLUSAE(torch.nn.Module):
     """An SAE as W_enc (D, N), W_dec (N, D), b_enc (N), b_dec (D), threshold (N), all fp32."""
-
     def __init__(self, W_enc, W_dec, b_enc, b_dec, threshold, name=""):
         super().__init__()
         for key, value in zip(SHAPES, (W_enc, W_dec, b_enc, b_dec, threshold)):

@@ -4,7 +4,7 @@
     python train.py --model google/gemma-2-9b    the paper's run: Gemma Scope, HH-RLHF, r = 16 on q,k,v,o
     python train.py --model DIR --sae DIR|fit --data FILE      the same from local folders
     ... --method sails,lora --lr 1e-4,3e-4 --seed 0,1,2        a comparison: a run each, one table
-Order: settings - objectives - training loop - one run and its stages - table.
+Order: settings - objectives - training loop - one run and its stages - several runs.
 Letters: B batch, n tokens or rows, D d_model; a subspace's basis V is (D, r_s), r the LoRA rank.
 """
 import contextlib
@@ -13,7 +13,6 @@ import math
 import os
 import sys
 import time
-from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context, parent_process
@@ -108,8 +107,8 @@ def parser():
 
 def settings(argv=None):
     """The command line, settled; method, lr and seed stay lists."""
-    typed, ap = sys.argv[1:] if argv is None else argv, parser()
-    s = ap.parse_args(typed)
+    typed = sys.argv[1:] if argv is None else argv
+    s = parser().parse_args(typed)
     need(s.model or not s.dry_run, "--dry-run needs --model")
     s.tiny = s.model in (None, "tiny")
     if s.tiny:
@@ -119,15 +118,14 @@ def settings(argv=None):
     s.dtype = s.dtype or ("bfloat16" if s.device.startswith("cuda") else "float32")
     fine = "full" not in s.method or s.dtype == "float32"
     need(fine, "--method full takes steps that bfloat16 rounds away: add --dtype float32")
-    refuse_unread(ap, typed, s)
     return s
 
-def refuse_unread(ap, typed, s):
-    """UserError for a typed option that no run of these settings reads."""
+def refuse_unread(s):
+    """UserError for an option in the command line that no run of these settings reads."""
     of = lambda names: (set(s.method) & set(names), "--method " + " or ".join(names))
     runs = len(s.method) * len(s.seed) * max(len(s.lr), len(s.full_lr or []))
-    ap.refuse_unread(
-        typed, (*of(sails.METHODS), "layers norm_aware freeze_basis sides"), (*of(["full"]), "full_lr"),
+    parser().refuse_unread(
+        (*of(sails.METHODS), "layers norm_aware freeze_basis sides"), (*of(["full"]), "full_lr"),
         (*of(sails.READS_SAE), "sae width k tau center subspace drop"), (*of(["sails"]), "score"),
         (*of(sails.READS_DATA), "contrast contrast_data contrast_pairs"), (*of(["raw-pca"]), "standardise"),
         (*of(METHODS[:-1]), "r alpha targets"), (s.contrast == "prompts", "--contrast prompts", "last"),
@@ -254,7 +252,7 @@ def align(model, rows, s, loss, folder=None):
                 break
 
 def backward(model, batch, s, loss, step, stop=False):
-    """Add up a step's gradients over micro-batches and machines; what to log, and who wants to stop."""
+    """Add up a step's gradients over micro-batches and machines; what to log, whether to stop."""
     rank, machines = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine, logged = batch[rank::machines], {"loss": 0.0, "stop": float(stop)}
     for at in range(0, len(mine), s.micro):
@@ -350,12 +348,12 @@ def dry_run(s, config):
 
 @contextlib.contextmanager
 def open_folder(s):
-    """Lend the run's own folder with run.json in it; an existing run continues only with --resume."""
+    """Lend the run's own folder with run.json in it; a run that is there goes on with --resume."""
     folder, left_out = Path(s.out), ("resume", "dry_run", "out", "shared", "jobs", "device", "tiny")
     own = {k: v for k, v in vars(s).items() if k not in left_out} | dict(sources=sources(s))
     with data.owned(folder, "run.json") if lead() else contextlib.nullcontext(True) as begun:
         if lead():
-            need(s.resume or not begun, f"{folder} holds a run: add --resume to continue it, or use another --out")
+            need(s.resume or not begun, f"{folder} holds a run: add --resume, or choose another --out")
             data.same_settings(folder / "run.json", own)
         together()
         if not lead():  # another machine may hold other files
@@ -527,7 +525,7 @@ def measure(s, model, sets, folder):
     out = {name: x["value"] for name, x in out.items()}
     return out | dict(validation=judged.pop("validation", {}) | dict(NLL=nll), sets=judged)
 
-# ---- table ----
+# ---- several runs ----
 def combinations(s, folder):
     """The settings of every run, seed x method x rate, a folder each; a seed's base is first."""
     out = []
@@ -573,67 +571,13 @@ def quiet_run(s):
                 os._exit(1)  # not the next run
             raise
 
-def headline(r):
-    """One run's columns: rates on its first set of prompts, else likelihood of held-out pairs."""
-    rates = next(iter(r["sets"].values()), {})
-    keys = ("safety rate", "over-refusal", "help", "balance", "knowledge") if rates else (
-        evaluation.NLL, "prefers chosen, whole reply", "prefers chosen, per token")
-    return {k: x for k in keys if (x := {**r, **rates}.get(k)) is not None}
-
-def mean(x):
-    """The mean of an interval, or a number as it is."""
-    return x[0] if isinstance(x, (list, tuple)) else x
-
-def best_rates(results):
-    """{method: best rate}: by mean validation balance, if there is one, then validation NLL."""
-    ranks = defaultdict(lambda: defaultdict(list))
-    for r in results:
-        ranks[r["method"]][r["lr"]].append((r["validation"].get("balance") or 0.0, -r["validation"]["NLL"]))
-    return {m: max(rates, key=lambda lr: tuple(np.mean(rates[lr], 0).round(9))) for m, rates in ranks.items()}
-
-def table(results):
-    """Markdown lines: a row a method at its best rate, the rule, and a conclusion."""
-    best, seeds, rows = best_rates(results), len({r["seed"] for r in results}), {}
-    for m, lr in best.items():
-        mine = [r for r in results if (r["method"], r["lr"]) == (m, lr)]  # one a seed
-        over = lambda c: data.t_interval([mean(headline(r)[c]) for r in mine])
-        row = headline(mine[0]) if seeds == 1 else {c: over(c) for c in headline(mine[0])}
-        name = "base" if m == "base" else f"{m}, lr {lr:g}"
-        rows[name] = row | dict(parameters=mine[0].get("parameters"))
-    base, chosen_by = rows.pop("base") if len(best) > 2 else {}, "balance" in results[0]["validation"]
-    lines = evaluation.markdown(f"scored on: {next(iter(results[0]['sets']), 'held-out pairs')}", rows)
-    if len(results) > 2 * seeds:
-        rule = "balance on validation prompts, then validation NLL" if chosen_by else "validation NLL"
-        spread = f"± is a 95 % t-interval over {seeds} seeds" if seeds > 1 else "[ ]: 95 % over prompts"
-        lines += ["", f"{spread}. Rate: the best mean {rule}."]
-    if base:
-        values = [f"{c} {mean(x):.3f}" for c, x in base.items() if x is not None]
-        lines.append("Before alignment: " + ", ".join(values))
-    if "sails" in best and len(best) > 2 and seeds > 1:
-        lowest = {m: min(r["lr"] for r in results if r["method"] == m) for m in best}
-        lines += [conclusion(results, "Tuned", best), conclusion(results, "At the lowest rate", lowest)]
-    return lines
-
-def conclusion(results, title, rates):
-    """One sentence: SAILS against each method at these rates, paired by seed, 95 % intervals."""
-    measure, sign = ("balance", 1) if "balance" in headline(results[0]) else (evaluation.NLL, -1)
-    values = {m: np.array([mean(headline(r)[measure]) for r in results if (r["method"], r["lr"]) == (m, lr)])
-              for m, lr in rates.items() if m != "base"}
-    words = {"is ahead of": [], "cannot be told from": [], "is behind": []}
-    for m in [m for m in values if m != "sails"]:
-        gap, half = data.t_interval(sign * (values["sails"] - values[m]))
-        word = "is ahead of" if gap > half else "is behind" if gap < -half else "cannot be told from"
-        words[word].append(m)
-    means = ", ".join(f"{m} {v.mean():.3f}" for m, v in values.items())
-    verdict = ", ".join(f"{word} {', '.join(ms)}" for word, ms in words.items() if ms)
-    return f"{title}, {measure}: {means}. SAILS {verdict}."
-
 def report(folder, runs):
     """Write and print the table of runs, read from their folders."""
     paths = [Path(r.out) / "results.json" for r in runs]
     kinds = dict(method=str, seed=int, validation=dict, sets=dict)
-    with data.expecting(f"damaged results in {folder}; delete the run's folder", KeyError, TypeError, ValueError):
-        lines = table([data.read_json(path, **kinds) for path in paths])
+    results = [data.read_json(path, **kinds) for path in paths]
+    with data.expecting(f"damaged results.json below {folder}", KeyError, TypeError, AttributeError):
+        lines = evaluation.table(results)
     data.write_text(folder / "table.md", "\n".join(lines) + "\n")
     chosen = [Path(r.out) / "features.json" for r in runs if r.method == "sails"]
     if chosen and len(runs) > 2:  # a single run has printed them
@@ -643,6 +587,7 @@ def report(folder, runs):
 
 def main():
     s = settings()
+    refuse_unread(s)
     if "RANK" in os.environ and not s.dry_run:  # torchrun
         data.follow_parent()
         dist.init_process_group("nccl" if s.device.startswith("cuda") else "gloo")

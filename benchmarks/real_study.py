@@ -219,7 +219,7 @@ def csv_rows(stages, base):
         for (seed, lr), r in runs.items():
             found, said = data.read_json(Path(r.out) / "results.json"), spoken(r) if "final" in stage else {}
             row = dict(stage=stage, label=label, rate=lr, seed=seed, validation=validation(r, base))
-            row |= {k: train.mean(x) for k, x in found.items() if k.startswith(("NLL", "prefers"))}
+            row |= {k: evaluation.mean(x) for k, x in found.items() if k.startswith(("NLL", "prefers"))}
             yield row | {f"refused {x}": said[x]["refused"] if said else "" for x in ("harmful", "benign")}
 
 def report(args, base, facts, stages):

@@ -55,12 +55,12 @@ READ_BY = {sails.METHODS: "--layers 0,1", sails.READS_DATA: "--contrast-pairs 16
 FIT = "--sae fit --fit-width 32 --fit-active 4 --fit-tokens 400 --fit-steps 20 --k 4"
 
 def command(home, out, more=""):
-    """train.py's arguments for a quick run on `home`, less what the methods don't read; the last value counts."""
+    """train.py's arguments for a quick run on `home`: those that its methods read; a last value counts."""
     methods = re.findall(r"--method (\S+)", more) or ["sails"]
     read = [x for readers, x in READ_BY.items() if set(methods[-1].split(",")) & set(readers)]
     read = " ".join(read).format(sae=home.sae)
-    if "--sae" in more:
-        read = read.replace(f"--sae {home.sae}", "").replace("--width 40", "" if "--sae fit" in more else "--width 40")
+    if "--sae fit" in more:
+        read = read.replace("--width 40", "")
     return f"--model {home.model} --data {home.data} --out {out} {QUICK} {read} {more}".split()
 
 def go(args, main=train.main):
