@@ -273,8 +273,9 @@ def parse(raw, where):
         return value
 
 def read_json(path, **kinds):
-    """One JSON file's object, see check."""
-    return check(parse(read_bytes(path), path), path, **kinds)
+    """One JSON file's value, or, with kinds, its object, see check."""
+    value = parse(read_bytes(path), path)
+    return check(value, path, **kinds) if kinds else value
 
 def read_rows(path, growing=False, **kinds):
     """[(line number, object)] of a .jsonl or .jsonl.gz file, see check.

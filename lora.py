@@ -285,7 +285,7 @@ def main():
         short = name.removeprefix("base_model.model.model.").removesuffix(".lora_A.weight")
         print(f"{short:32s} |dW| {size:9.4f}   |A| {A.norm():8.4f}   |B| {B.norm():8.4f}")
     if (run / "sails.json").is_file():
-        for key, value in data.read_json(run / "sails.json").items():
+        for key, value in data.read_json(run / "sails.json", method=str).items():
             print(f"{key}: {value}")
 
 if __name__ == "__main__":

@@ -581,7 +581,7 @@ def report(folder, runs):
     data.write_text(folder / "table.md", "\n".join(lines) + "\n")
     chosen = [Path(r.out) / "features.json" for r in runs if r.method == "sails"]
     if chosen and len(runs) > 2:  # a single run has printed them
-        shown = sae_module.feature_lines(data.parse(data.read_bytes(chosen[0]), chosen[0]))
+        shown = sae_module.feature_lines(data.read_json(chosen[0]))
         say(f"Features that SAILS chose ({chosen[0].with_suffix('.md')}):", *shown, "")
     say(*lines, f"Saved in {folder}: a folder a run, table.md")
 

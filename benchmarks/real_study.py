@@ -74,7 +74,7 @@ def runs_of(args, folder, method, rates, seeds, options=""):
     text = ["--text", args.text] if args.text else []
     argv = ["--model", args.model, "--data", args.out / "data", *text, *SETTINGS.split(), *args.more,
             *(word.format(out=args.out) for word in options.split()), "--lr", listed(rates), "--seed",
-            listed(seeds), "--method", "lora" if method == "base" else method]
+            listed(seeds), "--method", "sails" if method == "base" else method]
     runs = [r for r in study.combine(argv, args.out / folder) if r.method == method]
     for r in runs:
         r.shared = str(args.out / "base")
