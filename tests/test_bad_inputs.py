@@ -94,8 +94,10 @@ def world_of_files(tmp_path_factory, home, split):
 @pytest.fixture
 def place(world_of_files, monkeypatch):
     place, copy = world_of_files
-    shutil.rmtree(place)
-    shutil.copytree(copy, place)
+    stamps = lambda top: {p.relative_to(top): (p.stat().st_size, p.stat().st_mtime_ns) for p in top.rglob("*")}
+    if stamps(place) != stamps(copy):
+        shutil.rmtree(place)
+        shutil.copytree(copy, place)
     monkeypatch.chdir(place)
 
 def tree():
@@ -222,15 +224,17 @@ STATE, SPACE = "half/state.safetensors", "half/subspace.safetensors"
 FP8 = torch.float8_e4m3fn
 ROWS = [(EVAL, f"config.json {key}", P(js, CONFIG, **{key: v})) for key, values in dict(
     hidden_size=(None, "24", 0, -24, 1.5, NAN, True, DEEP), num_hidden_layers=(0, "2", 10**7, HUGE, [2]),
-    vocab_size=(-1, 10**12), head_dim=(0, 7, GONE), num_key_value_heads=(0, 3, [2]), intermediate_size=(None, {}),
+    vocab_size=(-1, None), head_dim=(0, "8", GONE), num_key_value_heads=(0, [2]), intermediate_size=(None, {}),
     rms_norm_eps=(NAN, -1, "x"), sliding_window=(-1, 2.5, "x"), query_pre_attn_scalar=(0, -1, NAN),
     attn_logit_softcapping=(0, -50, NAN, "x"), final_logit_softcapping=(0, INF), rope_theta=(0, -1, NAN, "x"),
     layer_types=(["sliding_attention", "odd"], "sliding", [1, 2], 5), rope_parameters=("x", [1]),
     model_type=(["gemma2"], "\x1b[31mgemma")).items() for v in values]
+ROWS += [(EVAL, "config.json", P(js, CONFIG, **{key: v})) for key, v in (
+    ("vocab_size", 10**12), ("head_dim", 7), ("num_key_value_heads", 3), ("hidden_size", 10**9))]
 ROWS += [(EVAL, "config.json", P(put, CONFIG, x)) for x in ("[]", "null", "{", "", b"\xff\xfe{", json.dumps(DEEP))]
-ROWS += [(EVAL, "model.safetensors norm", P(tensors, WEIGHTS, ".norm.weight", change)) for change in (
+ROWS += [(EVAL, "norm.weight", P(tensors, WEIGHTS, ".norm.weight", change)) for change in (
     spot(NAN), spot(INF), spot(-INF), to(torch.int8), to(torch.bool), to(FP8), None, lambda x: x[:-1])]
-ROWS += [(EVAL, f"model.safetensors {w}", damage) for w, damage in (
+ROWS += [(EVAL, w or "model.safetensors", damage) for w, damage in (
     ("extra", P(tensors, WEIGHTS, "extra", lambda x: x)), ("q_proj", P(tensors, WEIGHTS, "q_proj.weight", lambda x: x.T)),
     ("lm_head", P(tensors, WEIGHTS, "lm_head.weight", lambda x: torch.zeros(381, 24))),
     ("", P(cut, WEIGHTS)), ("", P(put, WEIGHTS, "")), ("", P(put, WEIGHTS, b"\xff" * 99)),
@@ -250,10 +254,9 @@ ROWS += [(SHARDED, w, damage) for w, damage in (
 ROWS += [(SAILS, f"params.npz {key}", P(npz, key, change)) for key, change in (
     ("W_enc", spot(NAN)), ("W_dec", spot(NAN)), ("b_enc", spot(INF)), ("b_dec", spot(-INF)), ("threshold", spot(NAN)),
     ("W_enc", to(np.int32)), ("b_dec", to(bool)), ("threshold", to("U9")), ("W_enc", to(complex)), ("b_enc", None),
-    ("extra", lambda x: x), ("W_enc", lambda x: x.T), ("threshold", lambda x: x[:9]), ("W_dec", lambda x: 2 * x),
-    ("b_enc", to(object)), ("scaling_factor", lambda x: 2 * x), ("W_enc", lambda x: x.ravel()))]
+    ("extra", lambda x: x), ("W_enc", lambda x: x.T), ("threshold", lambda x: x[:9]), ("scaling_factor", lambda x: 2 * x), ("W_enc", lambda x: x.ravel()))]
 ROWS += [(SAILS, "params.npz", damage) for damage in (
-    P(cut, SAE), P(put, SAE, "not a zip"), P(put, SAE, ""), P(flip, SAE), P(member, (24, 10**12), b""),
+    P(npz, "W_dec", lambda x: 2 * x), P(npz, "b_enc", to(object)), P(cut, SAE), P(put, SAE, "not a zip"), P(put, SAE, ""), P(flip, SAE), P(member, (24, 10**12), b""),
     P(member, (24, 10**7), zeros(916)), P(cut, SAE, .98))]
 ROWS += [(SAILS + " --width 41", f"params.safetensors {key}", P(published, key, change)) for key, change in (
     ("W_enc", spot(NAN)), ("W_dec", to(FP8)), ("b_dec", to(torch.int8)), ("threshold", None), ("b_enc", to(torch.bool)))]
@@ -283,7 +286,7 @@ ROWS += [(EVAL, "asks.jsonl", P(row, "asks.jsonl", type=None, focus=None)),
          (EVAL, "id", P(row, "asks.jsonl", 1, id="\x1b[2Jx"), P(row, "asks.jsonl", id="\x1b[2Jx")),
          (EVAL, "set", P(row, "asks.jsonl", set="a | 1.000 |\n| forged"))]
 ROWS += [(f"{EVAL} --prompts {name}", f"{name} {w}", P(put, name, text)) for name, w, text in (
-    ("a.csv", "2", 'prompt,label\n"a,b\n'), ("a.csv", "2", "prompt,label\na,b,c\n"), ("a.csv", "prompt", "what\na\n"),
+    ("a.csv", "", 'prompt,label\n"a,b\n'), ("a.csv", "2", "prompt,label\na,b,c\n"), ("a.csv", "prompt", "what\na\n"),
     ("a.csv", "", b"prompt\n\xff\n"), ("a.csv", "", ""), ("a.csv", "2", b"prompt\na\x00b\n"), ("a.csv", "prompt", "prompt,prompt\na,b\n"),
     ("a.txt", "", b"\xff"), ("a.txt", "", "\n"), ("a.csv", "label", "prompt,label\na,odd\n"))]
 ROWS += [(COSTS, f"{w}", damage) for w, damage in (
@@ -292,11 +295,11 @@ ROWS += [(COSTS, f"{w}", damage) for w, damage in (
     ("know.jsonl line 2 next", P(row, "know.jsonl", next="")), ("know.jsonl", P(put, "know.jsonl", "")),
     ("pairs.jsonl line 2 chosen", P(row, "pairs.jsonl", chosen=None)))]
 ROWS += [(COSTS + " --kl t.jsonl", "t.jsonl line 1 text", P(put, "t.jsonl", json.dumps(dict(text=v)))) for v in (None, 3)]
-ROWS += [(CHOICES, f"choices.jsonl {key}", P(row, "choices.jsonl", **{key: v})) for key, v in (
+ROWS += [(CHOICES, "choices.jsonl 2", P(row, "choices.jsonl", **{key: v})) for key, v in (
     ("answer", -1), ("answer", 2), ("choices", list("abcdefghijk")), ("answer", None), ("answer", True), ("question", None),
     ("choices", ["a", None]), ("choices", "ab"), ("question", "\ud800"))]
 # adapters
-ROWS += [(ADAPTER, f"adapter_config.json {key}", P(js, AC, **{key: v})) for key, values in dict(
+ROWS += [(ADAPTER, key.replace("peft_type", "LoRA"), P(js, AC, **{key: v})) for key, values in dict(
     r=(None, 0, -1, "4", 10**12, 4.5, GONE, True), lora_alpha=(None, NAN, INF, "x", 0, HUGE), use_rslora=("yes",), peft_type=("IA3", None),
     init_lora_weights=("pissa", "pissa_niter_16", "olora", "corda", "loftq"), use_dora=(True,), bias=("all",), rank_pattern=({"q": 2},),
     modules_to_save=(["lm_head"],), fan_in_fan_out=(True,), target_modules=(5,)).items() for v in values]
@@ -312,7 +315,7 @@ ROWS += [(ADAPTER, "adapter_config.json", P(remove, AC)), (SHOW, "adapter_config
          (SHOW, "adapter_model.safetensors", P(cut, AM)), (SHOW, "sails.json", P(put, "run/sails.json", "[]"))]
 # what a run left: resumed, compared, evaluated
 ROWS += [(HALF, "run.json", P(put, "half/run.json", x)) for x in ("null", "[]", "{", "{}", json.dumps(DEEP), b"\xff", "",
-         '{"settings": [1]}', '{"settings": null}', '{"settings": {}}')]
+         '{"settings": [1]}', '{"settings": null}')]
 ROWS += [(HALF, key, P(settings, **{key: v})) for key, v in (("k", HUGE), ("lr", None), ("sources", None), ("stray", 1), ("seed", GONE))]
 ROWS += [(HALF, "half", P(remove, "half/run.json")), (SAILS + " --out half", "half", P(remove, "half/run.json")),
          (SAILS + " --out half", "--resume"), (HALF + " --k 5", "k 6 5"), (RUN + " --lr 1e-3", "lr 0.01 0.001")]
