@@ -61,14 +61,19 @@ class Arguments(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message[:300]} (--help lists the options)")
 
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        for before, text in zip(["", *args], args):
+            with expecting(f"{before}: not UTF-8 text", UnicodeEncodeError):
+                need(text.encode(), f"{before}: an empty text")
+        return super().parse_args(args, namespace)
+
     def refuse_unread(self, *rules):
         """UserError for a typed option that nothing reads. Rules: (holds, what it takes, options)."""
-        untyped = argparse.Namespace(**dict.fromkeys(a.dest for a in self._actions))  # keeps defaults out
-        typed = vars(self.parse_args(None, untyped))
-        unread = [(o, wanted) for holds, wanted, some in rules if not holds for o in some.split()
-                  if typed[o] is not None]
-        for name, wanted in unread:
-            self.error(f"--{name.replace('_', '-')} is not read here; it needs {wanted}")
+        names = {a.dest: "/".join(a.option_strings) for a in self._actions}
+        typed = vars(self.parse_args(None, argparse.Namespace(**dict.fromkeys(names))))  # without defaults
+        for option, wanted in [(o, x) for holds, x, some in rules if not holds for o in some.split()]:
+            need(typed[option] is None, f"{names[option]} is not read here; it needs {wanted}")
 
 def at_least(low, kind=int, high=None):
     """An argument's type: a number from low to high, by default so high that it limits nobody."""
@@ -269,8 +274,10 @@ def parse(raw, where):
     """One JSON value; UserError also if too deep, or with NaN or half a character in it."""
     with expecting(f"{where}: not usable JSON", ValueError, RecursionError):
         value = json.loads(raw)
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-        return value
+    for key, x in value.items() if isinstance(value, dict) else [("", value)]:
+        with expecting(f"{where}: {key!r:.60}", ValueError, RecursionError):
+            json.dumps([key, x], ensure_ascii=False, allow_nan=False).encode()
+    return value
 
 def read_json(path, **kinds):
     """One JSON file's value, or, with kinds, its object, see check."""
@@ -546,9 +553,9 @@ def as_turns(prompt):
     need(good, "a prompt must be a text or a list of turns, the first and the last from the user")
     for i, turn in enumerate(turns):
         want, role = ("user", "assistant")[i % 2], turn.get("role")
-        need(role == want, f"turn {i} has role {role!r}, wanted {want!r}; Gemma has no system role: put its "
+        need(role == want, f"prompt: turn {i} has role {role!r}, wanted {want!r}; Gemma has no system role: put its "
              "text into the first user turn")
-        need(isinstance(turn.get("content"), str), f"turn {i} has no text under 'content'")
+        need(isinstance(turn.get("content"), str), f"prompt: turn {i} has no text under 'content'")
     return turns
 
 # ---- pairs, prompts, plain text ----
@@ -657,7 +664,9 @@ def _prompt_rows(path):
     if re.fullmatch(r"category_\d+", path.stem) and {len(r) for r in table} == {1}:
         # HEx-PHI has no header: the first line is a prompt. The hub lacks category_2: 300 prompts, not 330
         return [dict(prompt=r[0], set="HEx-PHI", id=f"{path.stem}-{n}") for n, r in enumerate(table, 1)]
-    return [dict(zip([c.strip().lower() for c in table[0]], r)) for r in table[1:]]
+    names = [c.strip().lower() for c in table[0]]
+    need(len(set(names)) == len(names), f"{path}: two columns have one name: {', '.join(names)[:200]}")
+    return [dict(zip(names, r)) for r in table[1:]]
 
 def csv_table(path):
     """A csv file's rows, all of one length."""
@@ -676,7 +685,7 @@ def _prompt(row, n, file):
     need(get["text"], f"keys {sorted(row)}; wanted a text under one of {', '.join(COLUMNS['text'])}; "
          "HH-RLHF's pairs, HEx-PHI's category_N.csv and .txt do without")
     label, group = row.get("label"), row.get("set") or file
-    if "type" in row and "focus" in row:  # XSTest: types contrast_... are the unsafe 200
+    if row.get("type") and "focus" in row:  # XSTest: types contrast_... are the unsafe 200
         label = "harmful" if row["type"].startswith("contrast_") else "benign"
     turns = as_turns(get["text"].strip() if isinstance(get["text"], str) else get["text"])
     return dict(id=f"{group}/{get['id'] or n}", set=group, turns=turns, label=LABELS[label],
@@ -698,9 +707,11 @@ def read_texts(path):
 def read_cloze(path, tok):
     """Texts (ids, mask) of a JSONL file {"text", "next"}; the mask marks `next`."""
     out = []
-    for _, row in read_rows(path, text=str, next=str):
+    for n, row in read_rows(path, text=str, next=str):
         text, answer = [BOS] + encode_plain(tok, row["text"]), encode_plain(tok, row["next"])
+        need(answer, f"{path} line {n}: next is empty")
         out.append((text + answer, [0] * len(text) + [1] * len(answer)))
+    need(out, f"{path}: no row in it")
     return out
 
 # ---- batches ----
@@ -748,7 +759,8 @@ def main():
     args = ap.parse_args()
     tok, examples = load_tokenizer(args.model), read_pairs(args.data)[0]
     template = args.template or default_template(args.model, tok)
-    ex = examples[min(args.row, len(examples)) - 1]
+    need(args.row <= len(examples), f"--row {args.row}: {args.data} has {len(examples)} examples")
+    ex = examples[args.row - 1]
     ids, mask = render_chat(tok, ex["turns"], ex["chosen"], template)
     print(f"template {template}, {len(ids)} tokens, {sum(mask)} of them trained on")
     for i, (t, m) in enumerate(zip(ids, mask)):

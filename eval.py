@@ -460,7 +460,7 @@ def parser():
     a, count, number = ap.add_argument, data.at_least(1), data.at_least(0, float)
     a("--model", help="folder or hub id; not needed where --out holds every reply")
     a("--adapter", help="a finished run's folder, or any plain LoRA in PEFT's form")
-    a("--merged", action="store_true", help="merge --adapter into the weights first; alone: only note it")
+    a("--merged", action="store_true", help="merge --adapter into the weights first")
     a("--prompts", nargs="+", default=[], help="csv, jsonl, txt, or a folder of csv files")
     a("--limit", type=count, help="only the first so many prompts of each file")
     a("--out", help="folder for replies, verdicts and tables")
@@ -537,9 +537,10 @@ def settings():
     need(args.model or not measured, "--pairs, --knowledge and --kl need --model")
     of_url = " ".join(f"judge_{k}" for k in ("model", "key_env", "timeout", "tries", "pause", "parallel"))
     ap.refuse_unread(
-        (args.model, "--model", "adapter merged base template max_new temperature seed batch_size"),
+        (args.model, "--model", "adapter base template max_new temperature seed batch_size"),
         (args.prompts, "--prompts", "limit judge max_new temperature seed"), (url, "--judge URL", of_url),
-        (args.prompts or args.pairs, "--prompts or --pairs", "template"), (args.kl, "--kl", "base"))
+        (args.prompts or args.pairs, "--prompts or --pairs", "template"), (args.kl, "--kl", "base"),
+        (args.adapter, "--adapter", "merged"))
     return args
 
 def main():

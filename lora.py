@@ -221,13 +221,16 @@ def read_adapter(folder):
     # other starts (pissa, olora, corda, ...) change the base weights too, which are not in this folder
     starts, switch = (True, False, "gaussian", "orthogonal", "eva", None), (bool, None)
     c = data.read_json(path, peft_type="LORA", r=range(1, 2**20), lora_alpha=data.POSITIVE, use_rslora=switch,
-                       bias=("none", None), init_lora_weights=starts, base_model_name_or_path=(str, None))
+                       bias=("none", None), init_lora_weights=starts, base_model_name_or_path=(str, None),
+                       target_modules=(list, str, None))
     extras = "rank_pattern alpha_pattern modules_to_save use_dora fan_in_fan_out"
     special = [k for k in extras.split() if c.get(k)]
     need(not special, f"{folder}: not a plain LoRA adapter ({', '.join(special)})")
-    shapes = model_gemma.tensor_shapes(weights)
+    shapes, swap = model_gemma.tensor_shapes(weights), str.maketrans("AB", "BA")
     wrong = [n for n, s in shapes.items() if len(s) != 2 or s["lora_B" in n] != c["r"]]
     need(not wrong, f"{weights}: {wrong[:1]} is not of rank {c['r']}, which adapter_config.json says")
+    lacks = {n[:-8] + n[-8:].translate(swap) for n in shapes} - shapes.keys()  # ..._A.weight, ..._B.weight
+    need(not lacks, f"{weights}: lacks {sorted(lacks)[:1]}")
     return c, dict(model_gemma.read_tensors(weights))
 
 def load_adapter(model, folder):
@@ -269,6 +272,7 @@ def load_state(path, params, opt):
     for name, p in params:
         p.copy_(saved["p." + name])
         m, v = (saved[x + name].to(p.device) for x in ("m.", "v."))
+        need(bool((v >= 0).all()), f"{path}: v.{name} is a mean of squares, but below 0")
         opt.state[p] = dict(exp_avg=m, exp_avg_sq=v, step=torch.tensor(float(step)))
     return int(step)
 

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 import data
-from data import expecting, need
+from data import UserError, expecting, need
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -372,9 +372,11 @@ def load_gemma(spec, dtype=torch.float32, device="cpu"):
     with torch.device("meta"):
         model = Gemma(config)
     want = _published(model)
-    shapes = {shard: tensor_shapes(folder / shard) for shard in shards}
-    found = {name: shape for part in shapes.values() for name, shape in part.items()}
-    need(len(found) == sum(map(len, shapes.values())), f"{folder}: a tensor is in two of {', '.join(shards)}")
+    found = {}
+    for shard in shards:
+        part = tensor_shapes(folder / shard)
+        need(not found.keys() & part, f"{folder}: {shard} and another file hold {[*found.keys() & part][:1]}")
+        found |= part
     if "lm_head.weight" in found:  # in some merged checkpoints
         want["lm_head.weight"] = want["model.embed_tokens.weight"]
     check_shapes(folder, found, want, "config.json and weights do not belong together")
@@ -400,6 +402,8 @@ def weight_files(spec):
         good = parts and all(isinstance(x, str) and x.endswith(".safetensors") for x in parts.values())
         need(good, f"{path}: weight_map must name a .safetensors file for every tensor; {data.damaged(path)}")
         shards = sorted(set(parts.values()))
+        with expecting(f"{path}: weight_map", UserError):
+            return data.fetch(spec, shards)[0], shards
     return data.fetch(spec, shards)[0], shards
 
 @contextlib.contextmanager

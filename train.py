@@ -223,6 +223,7 @@ def align(model, rows, s, loss, folder=None):
     opt = torch.optim.AdamW([p for _, p in params], lr=s.lr, weight_decay=0.0)
     state = folder / "state.safetensors" if folder else None
     start = lora.load_state(state, params, opt) if folder else 0
+    need(start <= s.steps, f"{state} has done {start} steps of {s.steps}")
     log = folder / "log.jsonl" if folder and lead() else None
     if log:  # lines of steps that will be taken again are dropped
         data.write_rows(log, [row for _, row in data.read_rows(log, growing=True)][:start])
@@ -349,8 +350,7 @@ def dry_run(s, config):
 @contextlib.contextmanager
 def open_folder(s):
     """Lend the run's own folder with run.json in it; a run that is there goes on with --resume."""
-    folder, left_out = Path(s.out), ("resume", "dry_run", "out", "shared", "jobs", "device", "tiny")
-    own = {k: v for k, v in vars(s).items() if k not in left_out} | dict(sources=sources(s))
+    folder, own = Path(s.out), noted(s)
     with data.owned(folder, "run.json") if lead() else contextlib.nullcontext(True) as begun:
         if lead():
             need(s.resume or not begun, f"{folder} holds a run: add --resume, or choose another --out")
@@ -359,6 +359,11 @@ def open_folder(s):
         if not lead():  # another machine may hold other files
             data.same_settings(folder / "run.json", own)
         yield folder
+
+def noted(s):
+    """The settings that make a run what it is, for run.json."""
+    left_out = ("resume", "dry_run", "out", "shared", "jobs", "device", "tiny", "stop")
+    return {k: v for k, v in vars(s).items() if k not in left_out} | dict(sources=sources(s))
 
 def sources(s):
     """Download all that the run will read; {what: commit sha, or hash of local files}."""
@@ -422,7 +427,12 @@ def subspace(s, model, sets, folder):
     """Stages 1 and 2: {SAE layer: V (D, r_s)}, kept in the run's folder for --resume."""
     path = folder / "subspace.safetensors"
     if path.exists():
-        return {int(k[2:]): V for k, V in model_gemma.read_tensors(path) if k.startswith("V.")}
+        V, D = dict(model_gemma.read_tensors(path)), model.config.d_model
+        bases = {i: V.get(f"V.{i}", torch.empty(0)) for i in s.layers}
+        for i, x in bases.items():
+            good = x.dim() == 2 and len(x) == D and x.dtype == torch.float32
+            need(good, f"{path}: V.{i} is missing or not fp32 ({D}, r_s)")
+        return bases
     saes, pairs, stats = dict.fromkeys(s.layers), [], {i: dict(D=model.config.d_model) for i in s.layers}
     reads = "model data shared sae width layers contrast contrast_data contrast_pairs last"
     key = [vars(s)[k] for k in reads.split()]
@@ -574,7 +584,7 @@ def quiet_run(s):
 def report(folder, runs):
     """Write and print the table of runs, read from their folders."""
     paths = [Path(r.out) / "results.json" for r in runs]
-    kinds = dict(method=str, seed=int, validation=dict, sets=dict)
+    kinds = dict(method=str, lr=float, seed=int, validation=dict, sets=dict)
     results = [data.read_json(path, **kinds) for path in paths]
     with data.expecting(f"damaged results.json below {folder}", KeyError, TypeError, AttributeError):
         lines = evaluation.table(results)
@@ -614,6 +624,9 @@ def main():
     with data.owned(folder, "runs.json") if lead() else contextlib.nullcontext():
         if lead():
             data.write_json(folder / "runs.json", dict(runs=[r.out for r in runs]))
+        for r in runs:  # all that is there belongs together, before anything is added to it
+            if (Path(r.out) / "run.json").exists():
+                data.same_settings(Path(r.out) / "run.json", noted(r))
         bar = data.progress(total=len(runs), desc="runs", disable=None if lead() else True)
         for first in (True, False):  # the bases measure and fit what other runs share
             for _ in each(s.jobs, [r for r in runs if (r.method == "base") == first]):
