@@ -553,8 +553,8 @@ def as_turns(prompt):
     need(good, "a prompt must be a text or a list of turns, the first and the last from the user")
     for i, turn in enumerate(turns):
         want, role = ("user", "assistant")[i % 2], turn.get("role")
-        need(role == want, f"prompt: turn {i} has role {role!r}, wanted {want!r}; Gemma has no system role: put its "
-             "text into the first user turn")
+        need(role == want, f"prompt: turn {i} has role {role!r}, wanted {want!r}; Gemma has no system role: "
+             "put its text into the first user turn")
         need(isinstance(turn.get("content"), str), f"prompt: turn {i} has no text under 'content'")
     return turns
 

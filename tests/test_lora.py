@@ -198,10 +198,11 @@ def test_peft_loads_the_folder_and_gives_the_same_logits(tmp_path, targets, laye
 @pytest.mark.parametrize("config, tensors, says", [
     *((dict([item]), {}, f"plain LoRA.*{item[0]}|{item[0]} is ") for item in dict(
         use_dora=True, peft_type="IA3", modules_to_save=["lm_head"], bias="all", lora_alpha=None).items()),
-    (dict(r=8), {}, "not of rank 8"), ({}, {A_DOWN: None}, "another model"),
-    ({}, {A_DOWN.replace("down", "q"): torch.zeros(4, 24)}, "another model"),
-    ({}, {A_DOWN.replace("layers.0.mlp.down_proj", "embed_tokens"): torch.zeros(4, 24)}, "those of a LoRA"),
-    ({}, {A_DOWN.replace("layers.0", "layers.7"): torch.zeros(4, 40)}, "layers 0..1")])
+    (dict(r=8), {}, "not of rank 8"), ({}, {A_DOWN: None}, "lacks .*down_proj.lora_A"),
+    ({}, {A_DOWN.replace("down", "q"): torch.zeros(4, 24)}, "lacks .*q_proj.lora_B"),
+    *(({}, {A_DOWN.replace(*name): torch.zeros(4, 24), A_DOWN.replace(*name).replace("_A", "_B"): torch.zeros(24, 4)},
+       says) for name, says in ((("layers.0.mlp.down_proj", "embed_tokens"), "those of a LoRA"),
+                                (("down", "q"), "another model"), (("layers.0", "layers.7"), "layers 0..1")))])
 def test_a_foreign_adapter_is_refused_and_leaves_the_model_plain(tmp_path, model, config, tensors, says):
     saved(tmp_path)
     with pytest.raises(data.UserError, match=says):
