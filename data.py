@@ -39,6 +39,8 @@ PAD, EOS, BOS = 0, 1, 2  # the same ids in Gemma 2, Gemma 3 and the tiny world
 # ---- helpers: errors and arguments ----
 class UserError(ValueError):
     """What only the user can mend: one line on stderr, exit code 2, no traceback."""
+    def __init__(self, message):
+        super().__init__(" ".join(plain(str(message)).split()))
 
 def need(condition, message, kind=UserError):
     """UserError unless the condition holds."""
