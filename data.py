@@ -410,7 +410,7 @@ def _resolve(repo, rev, kind):
                 note(f"note: no answer from the hub ({type(e).__name__}); using the cached copy of {repo}")
             return folder, _local(folder, kind)[1], folder.name
 
-def _info(repo, where, pauses=(1, 4, 16)):
+def _info(repo, where, pauses=(1, 2, 4)):
     """What the hub says of a repository, asked again after seconds while it is busy."""
     try:
         return HfApi().repo_info(repo, **where)

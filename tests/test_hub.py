@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,15 @@ def test_a_download_cut_in_the_middle_goes_on_where_it_broke(go, hub, tmp_path):
     asked = [(status, h["range"]) for method, _, status, h in hub.log if method == "GET" and h["file"]]
     assert asked == [(200, None), (206, "bytes=10485760-")]
     assert np.array_equal(np.fromfile(Path(done.stdout.strip()) / SHARD, dtype=np.int32), numbers)
+
+def test_a_busy_hub_is_asked_again_and_one_out_of_order_is_done_without_if_all_is_cached(go, hub):
+    hub.broken = {MODEL: (503, None, "busy")}
+    threading.Timer(1.5, hub.broken.clear).start()
+    first = said(go(SHOW(MODEL)))
+    assert 1 < sum(status == 503 for _, _, status, _ in hub.log) < 4
+    hub.broken = {MODEL: (500, None, "out of order")}
+    again = go(SHOW(MODEL))
+    assert again.stdout.split() == first and f"cached copy of {MODEL}" in again.stderr
 
 PAGE, GOOD, GONE = "{url}/" + MODEL, dict(HF_TOKEN="hf_good"), (404, "EntryNotFound", "Entry not found")
 GATED = "GatedRepo", "you are not in the authorized list"
