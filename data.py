@@ -289,15 +289,12 @@ def read_json(path, **kinds):
 def read_rows(path, growing=False, **kinds):
     """[(line number, object)] of a .jsonl or .jsonl.gz file, see check.
     growing: a file of append_rows. It may not exist yet; a half last line, left by a kill, is no row."""
-    lines, rows = [] if growing and not Path(path).exists() else read_bytes(path).splitlines(), []
-    for n, line in enumerate(lines, 1):
-        try:
+    raw = b"" if growing and not Path(path).exists() else read_bytes(path)
+    rows, last = [], raw.count(b"\n") + 1 if growing else 0
+    for n, line in enumerate(raw.splitlines(), 1):
+        with contextlib.suppress(*[UserError] * (n == last)):
             row = parse(line.strip() or b"{}", f"{path} line {n}")
-        except UserError:
-            if growing and n == len(lines):
-                break
-            raise
-        rows += [(n, check(row, f"{path} line {n}", **kinds))] if line.strip() else []
+            rows += [(n, check(row, f"{path} line {n}", **kinds))] if line.strip() else []
     return rows
 
 POSITIVE = "a positive number"
