@@ -15,20 +15,28 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+import zlib
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from huggingface_hub import HfApi, constants, errors, snapshot_download
 from huggingface_hub.utils import tqdm as progress  # honours the hub's switch for bars
 from tokenizers import Tokenizer
 
+with contextlib.suppress(ImportError):  # Windows has none; only owned() needs it
+    import fcntl
+
 PAD, EOS, BOS = 0, 1, 2  # the same ids in Gemma 2, Gemma 3 and the tiny world
 
-# ---- helpers ----
+# ---- helpers: errors and arguments ----
 class UserError(ValueError):
     """What only the user can mend: one line on stderr, exit code 2, no traceback."""
 
@@ -51,10 +59,26 @@ class Arguments(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **more)
 
     def error(self, message):
-        raise UserError(f"{message} (--help lists the options)")
+        raise UserError(f"{message[:300]} (--help lists the options)")
 
-def at_least(low, kind=int, high=1e18):
-    """An argument's type: a number from low to high."""
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        for before, text in zip(["", *args], args):
+            with expecting(f"{before}: not UTF-8 text", UnicodeEncodeError):
+                need(text.encode(), f"{before}: an empty text")
+        return super().parse_args(args, namespace)
+
+    def refuse_unread(self, *rules):
+        """UserError for a typed option that nothing reads. Rules: (holds, what it takes, options)."""
+        names = {a.dest: "/".join(a.option_strings) for a in self._actions}
+        typed = vars(self.parse_args(None, argparse.Namespace(**dict.fromkeys(names))))  # without defaults
+        for option, wanted in [(o, x) for holds, x, some in rules if not holds for o in some.split()]:
+            need(typed[option] is None, f"{names[option]} is not read here; it needs {wanted}")
+
+def at_least(low, kind=int, high=None):
+    """An argument's type: a number from low to high, by default so high that it limits nobody."""
+    high = high or (10 ** 9 if kind is int else 1e18)
+
     def number(text):
         need(low <= kind(text) <= high, f"must be from {low} to {high:g}", argparse.ArgumentTypeError)
         return kind(text)
@@ -75,89 +99,225 @@ def device(text):
     need(text in seen, f"torch sees {', '.join(dict.fromkeys(seen))}", argparse.ArgumentTypeError)
     return text
 
+# ---- helpers: a process, its streams and its signals ----
 def run_main(main):
-    """Run a script's main(); a UserError ends it with one line and exit code 2."""
+    """Run a script's main(): an error is one line and exit code 2, a signal says how to go on."""
+    sys.stdout, sys.stderr, code = _Stream(sys.stdout), _Stream(sys.stderr), 2
+    on_signals(interrupt)
     try:
-        sys.exit(main())
-    except UserError as e:
-        note(f"error: {e}")
-        sys.exit(2)
-    except BrokenPipeError:  # `... | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except KeyboardInterrupt:
-        note("\ninterrupted; the same command (a single run: with --resume) continues from what was saved")
-        sys.exit(130)
+        code = main()
+    except (UserError, OSError, UnicodeError, MemoryError, torch.OutOfMemoryError) as e:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(1)  # what rank 0 refuses too ends this process first: one line, not one a rank
+        note(f"error: {' '.join(str(e).split()) or 'out of memory'}")
+    except KeyboardInterrupt as e:
+        note("stopped; the same command (a single run: with --resume) goes on from what was saved")
+        code = 128 + (*e.args, signal.SIGINT)[0]
+    sys.exit(code)
 
 def note(line):
     """Print a line on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    print(line, file=sys.stderr)
+
+class _Stream:
+    """A standard stream: what no reader takes is dropped, control characters are spelt out."""
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(plain(text))
+            self.stream.flush()
+        except OSError:  # a closed terminal, `| head`: no reason to end hours of work
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+def plain(text):
+    """A text in which no character drives a terminal, turns a line around or can't be printed."""
+    unseen = "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+    return re.sub(unseen, lambda found: ascii(found[0])[1:-1], text)
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+def on_signals(act):
+    """Call act(number, frame) at a signal; the handlers before, by number."""
+    return {number: signal.signal(number, act) for number in SIGNALS}
+
+def interrupt(number, frame):
+    """Stop at once: no file is ever half-written."""
+    raise KeyboardInterrupt(number)
+
+@contextlib.contextmanager
+def patience():
+    """Let signals wait while something is done step by step; yields the list of those that came."""
+    came = []
+    before = on_signals(lambda number, frame: came.append(number))
+    try:
+        yield came
+    finally:
+        for number, act in before.items():
+            signal.signal(number, act)
+    if came:
+        raise KeyboardInterrupt(came[0])
+
+def lead():
+    """True in the process that prints and writes: the only one, or rank 0."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+def together():
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+def say(*lines):
+    """Print lines, once for all processes."""
+    if lead():
+        print(*lines, sep="\n")
+
+def follow_parent():
+    """End this process when its parent is gone: nobody waits for a killed command's worker."""
+    def watch(parent):
+        while os.getppid() == parent:
+            time.sleep(.1)
+        os._exit(1)
+    threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
+
+# ---- helpers: files ----
+@contextlib.contextmanager
+def owned(folder, marker):
+    """Lend a folder to this process alone; yields whether work on it had begun.
+    It is new, or empty, or holds `marker`, which no other program writes. What begins here and fails leaves
+    nothing, unless there is work worth going on with. The kernel lets the lock go when the process dies."""
+    new = [p for p in (folder, *folder.parents) if not p.exists()]
+    with expecting(f"cannot use {folder} as a folder", OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    try:
+        with expecting(f"another process works in {folder}; wait, or choose another --out", OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        begun = (folder / marker).exists()
+        need(begun or not any(folder.iterdir()), f"{folder} has files in it but no {marker}, so is not ours")
+        try:
+            yield begun
+        except Exception:
+            if not begun and not any(f.name in WORTH_KEEPING for f in folder.rglob("*")):
+                for path in [*sorted(folder.rglob("*"), reverse=True), *new]:  # what is inside comes first
+                    path.rmdir() if path.is_dir() else path.unlink()
+            raise
+    finally:
+        os.close(handle)
+
+WORTH_KEEPING = ("state.safetensors", "results.json", "responses.jsonl", "params.npz")
 
 @contextlib.contextmanager
 def replacing(path):
     """Yield a path beside `path` that takes its place in one rename: no reader sees half a file."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        beside.touch()
-        mode = beside.stat().st_mode  # what the umask allows; safetensors writes 0600
-        yield beside
-        beside.chmod(mode)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with expecting(f"cannot write {path}", OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            beside.touch()
+            mode = beside.stat().st_mode  # what the umask allows; safetensors writes 0600
+            yield beside
+            beside.chmod(mode)
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
 
 def write_text(path, text):
     """Write a UTF-8 file."""
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
+def _json(value, path, **more):
+    with expecting(f"{path}: not written, a number is not finite", ValueError):
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, **more) + "\n"
+
 def write_json(path, value):
     """Write a JSON file."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, _json(value, path, indent=1))
 
 def write_rows(path, rows):
     """Write a JSONL file."""
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    write_text(path, "".join(_json(r, path) for r in rows))
 
 def append_rows(path, rows):
     """Add lines to a JSONL file, on the disk when this returns."""
-    with open(path, "ab") as f:
-        f.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode())
+    with expecting(f"cannot write {path}", OSError), open(path, "ab") as f:
+        f.write("".join(_json(r, path) for r in rows).encode())
         f.flush()
         os.fsync(f.fileno())
 
+def damaged(path):
+    """How to get a file again: in the hub's cache its content lies elsewhere."""
+    return f"if it is damaged, delete {Path(path).resolve()} and get it again"
+
 def read_bytes(path):
     """A file's content, unpacked if it is a .gz; UserError if it can't be read."""
-    need(os.path.exists(path), f"no such file: {path}")
-    with expecting(f"{path}: not a readable file, or damaged gzip", OSError, EOFError):
+    need(os.path.isfile(path), f"no such file: {path}")
+    most = 10 ** 6 + 100 * os.path.getsize(path)  # text is packed to a tenth, a bomb to a thousandth
+    with expecting(f"{path}: cannot be read; {damaged(path)}", OSError, EOFError, zlib.error):
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
-            return f.read()
+            raw = f.read(most + 1)
+    need(len(raw) <= most, f"{path}: unpacks to more than {most:,} bytes, which is no text")
+    return raw
 
 def read_text(path):
     """A text file's content; UserError unless it is UTF-8."""
     with expecting(f"{path}: not a UTF-8 text file", UnicodeDecodeError):
         return read_bytes(path).decode("utf-8-sig")
 
-def read_json(path):
-    """One JSON file's value."""
-    with expecting(f"{path}: not a JSON file", json.JSONDecodeError):
-        return json.loads(read_text(path))
+def parse(raw, where):
+    """One JSON value; UserError also if too deep, or with NaN or half a character in it."""
+    with expecting(f"{where}: not usable JSON", ValueError, RecursionError):
+        value = json.loads(raw)
+    for key, x in value.items() if isinstance(value, dict) else [("", value)]:
+        with expecting(f"{where}: {key!r:.60}", ValueError, RecursionError):
+            json.dumps([key, x], ensure_ascii=False, allow_nan=False).encode()
+    return value
 
-def read_rows(path, growing=False):
-    """[(line number, object)] of a .jsonl or .jsonl.gz file.
+def read_json(path, **kinds):
+    """One JSON file's value, or, with kinds, its object, see check."""
+    value = parse(read_bytes(path), path)
+    return check(value, path, **kinds) if kinds else value
+
+def read_rows(path, growing=False, **kinds):
+    """[(line number, object)] of a .jsonl or .jsonl.gz file, see check.
     growing: a file of append_rows. It may not exist yet; a half last line, left by a kill, is no row."""
-    lines = [] if growing and not Path(path).exists() else read_bytes(path).splitlines(keepends=True)
-    if growing and lines and not lines[-1].endswith(b"\n"):
-        lines.pop()
-    rows = []
+    lines, rows = [] if growing and not Path(path).exists() else read_bytes(path).splitlines(), []
     for n, line in enumerate(lines, 1):
-        with expecting(f"{path} line {n}: not JSON; every line must be one object", ValueError):
-            row = json.loads(line.strip() or b"null")
-        need(row is None or isinstance(row, dict), f"{path} line {n}: not one JSON object")
-        rows += [(n, row)] if row else []
+        try:
+            row = parse(line.strip() or b"{}", f"{path} line {n}")
+        except UserError:
+            if growing and n == len(lines):
+                break
+            raise
+        rows += [(n, check(row, f"{path} line {n}", **kinds))] if line.strip() else []
     return rows
+
+POSITIVE = "a positive number"
+
+def check(row, where, **kinds):
+    """The row; UserError unless it is an object whose values are of these kinds.
+    A kind is a type, a range for a whole number, POSITIVE, None for a key that may be missing or null, a text
+    for that very text, or a tuple of these."""
+    need(isinstance(row, dict), f"{where}: wanted one JSON object")
+    for key, some in kinds.items():
+        value, some = row.get(key), some if isinstance(some, tuple) else (some,)
+        wanted = " or ".join(str(getattr(kind, "__name__", kind)) for kind in some)
+        good = any(_is(value, kind) for kind in some)
+        need(good, f"{where}: {key} is {repr(value)[:60]}, wanted {wanted}")
+    return row
+
+def _is(value, kind):
+    if kind == POSITIVE:
+        return type(value) in (int, float) and 0 < value < 1e18
+    if isinstance(kind, range):
+        return type(value) is int and value in kind
+    return type(value) is kind or not isinstance(kind, type) and value == kind
 
 def same_settings(path, settings):
     """Write settings, git commit and versions to path; UserError if it has other settings."""
@@ -165,7 +325,7 @@ def same_settings(path, settings):
         packages = ("torch", "numpy", "safetensors", "tokenizers", "huggingface-hub")
         versions = {p: importlib.metadata.version(p) for p in packages}
         return write_json(path, dict(settings=settings, git=_git_commit(), versions=versions))
-    old, new = read_json(path)["settings"], json.loads(json.dumps(settings))
+    old, new = read_json(path, settings=dict)["settings"], json.loads(json.dumps(settings))
     changed = [f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in old | new if old.get(k) != new.get(k)]
     need(not changed, f"{path.parent} began with other settings ({'; '.join(changed)}); use another --out")
 
@@ -198,7 +358,7 @@ def fetch(spec, names, kind="model"):
         repo, rev = _hub_id(spec, kind)
         get = functools.partial(snapshot_download, repo, repo_type=kind, allow_patterns=wanted)
         with _hub_errors(repo, rev, kind):
-            folder = get(revision=rev)  # by name: the client notes its commit, and offline mode finds it
+            folder = get(revision=rev)  # by name: the client notes its commit for offline mode
             if Path(folder).name != sha:  # pushed to since the look-up: one run reads one commit
                 folder = get(revision=sha)
     return Path(folder), sha
@@ -206,11 +366,14 @@ def fetch(spec, names, kind="model"):
 def fingerprint(spec, names, kind="model"):
     """What identifies files: the hub's commit sha, or a hash of local contents."""
     folder, sha = fetch(spec, names, kind)
-    whole = hashlib.sha256()
-    for path in sorted(p for name in names for p in folder.glob(name)) if sha is None else ():
-        with open(path, "rb") as f:
-            whole.update(f"{path.name} {hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
-    return sha or whole.hexdigest()[:16]
+    paths = sorted(p for name in names for p in folder.glob(name)) if sha is None else ()
+    lines = (f"{p.name} {_sha256(p, p.stat().st_size, p.stat().st_mtime_ns)}\n" for p in paths)
+    return sha or hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+@functools.lru_cache(maxsize=None)  # every run of a comparison asks
+def _sha256(path, size, changed):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 def _local(spec, kind):
     """(folder, names, None) of a local path, else None: a path wins over a hub id."""
@@ -232,11 +395,11 @@ def _resolve(repo, rev, kind):
     where = dict(repo_type=kind, revision=rev)
     with _hub_errors(repo, rev, kind):
         try:
-            found = HfApi().repo_info(repo, **where)
+            found = _info(repo, where)
             return None, sorted(f.rfilename for f in found.siblings), found.sha
-        except errors.HfHubHTTPError:
-            raise  # the hub's own answer; anything else: no hub answered
         except Exception as e:
+            if isinstance(e, errors.HfHubHTTPError) and not _busy(e):
+                raise  # the hub's own answer; anything else: no hub answered
             try:
                 folder = Path(snapshot_download(repo, **where, allow_patterns=[], local_files_only=True))
             except errors.LocalEntryNotFoundError:
@@ -244,6 +407,19 @@ def _resolve(repo, rev, kind):
             if not isinstance(e, errors.OfflineModeIsEnabled):
                 note(f"note: no answer from the hub ({type(e).__name__}); using the cached copy of {repo}")
             return folder, _local(folder, kind)[1], folder.name
+
+def _info(repo, where, pauses=(1, 4, 16)):
+    """What the hub says of a repository, asked again after seconds while it is busy."""
+    try:
+        return HfApi().repo_info(repo, **where)
+    except errors.HfHubHTTPError as e:
+        if not pauses or not _busy(e):
+            raise
+    time.sleep(pauses[0])
+    return _info(repo, where, pauses[1:])
+
+def _busy(error):
+    return error.response.status_code == 429 or error.response.status_code >= 500
 
 def _pick(names, files, where):
     """The files that names select; UserError for a missing one, or for none at all."""
@@ -305,20 +481,23 @@ def find_sae(names, layer, width="16k", l0=None):
     need(str(l0) in here, f"no SAE with L0 {l0} for layer {layer}, width {width}; here: {sorted(here)}")
     return here[str(l0)]
 
-def fetch_sae(spec, layer, width="16k", l0=None):
-    """(folder, file name) of one SAE in a folder or hub repository laid out like Gemma Scope."""
+def sae_file(spec, layer, width="16k", l0=None):
+    """The name of one SAE's file in a folder or hub repository laid out like Gemma Scope."""
     names = listing(spec)
     with expecting(spec, UserError):
-        name = find_sae(names, layer, width, l0)
-    return fetch(spec, [name])[0], name
+        return find_sae(names, layer, width, l0)
 
 # ---- tokenizer and chat templates ----
-def load_tokenizer(spec):
-    """The tokenizers.Tokenizer of a model; <bos> must be 2, as in every Gemma."""
+def load_tokenizer(spec, vocab_size=None):
+    """The tokenizers.Tokenizer of a model; <bos> must be 2, as in every Gemma.
+    vocab_size: the model's. Words have ids below it; Gemma 3's marker of an image, in no text, has not."""
     path = fetch(spec, ["tokenizer.json"])[0] / "tokenizer.json"
     with expecting(f"{path}: not a tokenizer file", Exception):  # the library raises no other kind
         tok = Tokenizer.from_file(str(path))
     need(tok.token_to_id("<bos>") == BOS, f"{path}: <bos> is not token {BOS}, as in every Gemma; wrong file?")
+    added = (i for i, token in tok.get_added_tokens_decoder().items() if not token.special)
+    most = 1 + max([tok.get_vocab_size(with_added_tokens=False) - 1, *added])
+    need(most <= (vocab_size or most), f"{path}: {most} words, the model has {vocab_size}; wrong file?")
     tok.no_padding()  # some published files switch these on
     tok.no_truncation()
     return tok
@@ -330,7 +509,7 @@ TEMPLATES = {
     "gemma": dict(user=("<start_of_turn>user\n", "<end_of_turn>\n"), model="<start_of_turn>model\n", lead="",
                   end="<end_of_turn>", after="\n"),
     # HH-RLHF's own form, for base models, which have never seen Gemma's turn markers
-    "hh": dict(user=("\n\nHuman:", ""), model="\n\nAssistant:", lead=" ", end="<eos>", after=""),
+    "hh": dict(user=("\n\nHuman:", ""), model="\n\nAssistant:", lead=" ", end=EOS, after=""),
     "tiny": dict(user=("<user>", ""), model="<model>", lead="", end="<end>", after=""),
 }
 
@@ -346,26 +525,42 @@ def model_name(spec):
 
 def stop_ids(tok, template):
     """The ids that end a reply: always eos, and <end_of_turn> (107 in Gemma 2, 106 in Gemma 3)."""
-    return {EOS, tok.token_to_id(TEMPLATES[template]["end"])} - {None}
+    return {EOS, _end(tok, template)}
+
+def _end(tok, template):
+    end = TEMPLATES[template]["end"]
+    found = end if end == EOS else tok.token_to_id(end)
+    need(found is not None, f"template {template}: the tokenizer has no {end}; choose another --template")
+    return found
+
+FORGED = re.compile(r"\n\n+(?=(?:Human|Assistant):)")  # begins a turn in HH's form, which has no markers
+
+def note_forged(examples, template):
+    """Say how many examples hold a turn's beginning, which render_chat will defuse."""
+    texts = lambda ex: [*(t["content"] for t in ex["turns"]), ex.get("chosen"), ex.get("rejected")]
+    n = sum(any(FORGED.search(x or "") for x in texts(ex)) for ex in examples) * (template == "hh")
+    if n:
+        note(f"note: {n} of {len(examples)} examples hold a turn's beginning; it is written as plain text")
 
 def render_chat(tok, turns, reply=None, template="gemma"):
     """A conversation as ids and loss mask, for training, scoring and generation alike.
     turns [{"role": "user" | "assistant", "content": str}, ...], first and last from the user; without a reply
     the prompt alone. mask is 1 on the reply's tokens and its end token. Markers and contents are encoded
     apart, so no content forges a marker, and a prompt's ids begin the whole."""
-    t, turns = TEMPLATES[template], as_turns(turns)
+    t, turns, end = TEMPLATES[template], as_turns(turns), [_end(tok, template)]
     marks = functools.partial(_encode, tok, plain=False)
-    content = lambda text: encode_plain(tok, t["lead"] + text.strip())
+    tame = lambda text: FORGED.sub("\n", text) if template == "hh" else text
+    content = lambda text: encode_plain(tok, t["lead"] + tame(text.strip()))
     ids = [BOS]  # its one owner: the tokenizer would add another
     for turn in turns:
         if turn["role"] == "user":
             ids += marks(t["user"][0]) + content(turn["content"]) + marks(t["user"][1])
         else:
-            ids += marks(t["model"]) + content(turn["content"]) + marks(t["end"] + t["after"])
+            ids += marks(t["model"]) + content(turn["content"]) + end + marks(t["after"])
     ids += marks(t["model"])
     if reply is None:
         return ids, [0] * len(ids)
-    trained, after = content(reply) + marks(t["end"]), marks(t["after"])
+    trained, after = content(reply) + end, marks(t["after"])
     return ids + trained + after, [0] * len(ids) + [1] * len(trained) + [0] * len(after)
 
 def encode_plain(tok, text):
@@ -383,9 +578,9 @@ def as_turns(prompt):
     need(good, "a prompt must be a text or a list of turns, the first and the last from the user")
     for i, turn in enumerate(turns):
         want, role = ("user", "assistant")[i % 2], turn.get("role")
-        need(role == want, f"turn {i} has role {role!r}, wanted {want!r}; Gemma has no system role: put its "
-             "text into the first user turn")
-        need(isinstance(turn.get("content"), str), f"turn {i} has no text under 'content'")
+        need(role == want, f"prompt: turn {i} has role {role!r}, wanted {want!r}; Gemma has no system role: "
+             "put its text into the first user turn")
+        need(isinstance(turn.get("content"), str), f"prompt: turn {i} has no text under 'content'")
     return turns
 
 # ---- pairs, prompts, plain text ----
@@ -411,7 +606,9 @@ def read_pairs(path):
     {"prompt", "response"}            no rejected reply: for plain fine-tuning
     Any row may have "label" ("harmful" | "benign") and "id". Examples: id, turns, chosen, rejected, label."""
     examples, dropped = [], Counter()
-    for n, row in read_rows(path):
+    text = (str, None)
+    kinds = dict(label=("harmful", "benign", None), chosen=text, rejected=text, response=text)
+    for n, row in read_rows(path, id=(str, int, None), **kinds):
         with expecting(f"{path} line {n}", UserError):
             ex = _pair(row) | {"id": str(row.get("id", n))}
         if not ex["turns"]:
@@ -426,10 +623,8 @@ def read_pairs(path):
 def _pair(row):
     """One row as an example; turns is [] where HH's two dialogues do not share their prompt."""
     label, chosen, rejected = row.get("label"), row.get("chosen", row.get("response")), row.get("rejected")
-    need(label in (None, "harmful", "benign"), f"label is {label!r}, must be 'harmful' or 'benign'")
     whole = chosen is not None and (rejected is not None or {"prompt", "response"} <= row.keys())
     need(whole, f"keys {sorted(row)}; wanted prompt + response, prompt + chosen + rejected, or HH's pair")
-    need(isinstance(chosen, str) and isinstance(rejected, (str, type(None))), "replies must be text")
     if "prompt" in row:
         return dict(turns=as_turns(row["prompt"]), chosen=chosen, rejected=rejected, label=label)
     (turns, chosen), (other, rejected) = split_hh(chosen), split_hh(rejected)
@@ -503,24 +698,28 @@ def _prompt_rows(path):
     if re.fullmatch(r"category_\d+", path.stem) and {len(r) for r in table} == {1}:
         # HEx-PHI has no header: the first line is a prompt. The hub lacks category_2: 300 prompts, not 330
         return [dict(prompt=r[0], set="HEx-PHI", id=f"{path.stem}-{n}") for n, r in enumerate(table, 1)]
-    return [dict(zip([c.strip().lower() for c in table[0]], r)) for r in table[1:]]
+    names = [c.strip().lower() for c in table[0]]
+    need(len(set(names)) == len(names), f"{path}: two columns have one name: {', '.join(names)[:200]}")
+    return [dict(zip(names, r)) for r in table[1:]]
 
 def csv_table(path):
     """A csv file's rows, all of one length."""
     with expecting(f"{path}: not a csv file", csv.Error):
         table = [r for r in csv.reader(read_text(path).splitlines(keepends=True), strict=True) if any(r)]
+    need(table, f"{path}: nothing in it")
     for n, r in enumerate(table, 1):
         need(len(r) == len(table[0]), f"{path}: row {n} has {len(r)} cells, the first row {len(table[0])}")
     return table
 
 def _prompt(row, n, file):
+    words = dict.fromkeys(("set", "type", *COLUMNS["target"], *COLUMNS["expected"]), (str, None))
+    check(row, "prompt", label=tuple(LABELS), **words, **dict.fromkeys(COLUMNS["id"], (str, int, None)))
     find = lambda names: next((row[c] for c in names if row.get(c) not in (None, "")), None)
     get = {key: find(names) for key, names in COLUMNS.items()}
     need(get["text"], f"keys {sorted(row)}; wanted a text under one of {', '.join(COLUMNS['text'])}; "
          "HH-RLHF's pairs, HEx-PHI's category_N.csv and .txt do without")
     label, group = row.get("label"), row.get("set") or file
-    need(label in LABELS, f"label is {label!r}; understood are {[k for k in LABELS if k]}")
-    if "type" in row and "focus" in row:  # XSTest: types contrast_... are the unsafe 200
+    if row.get("type") and "focus" in row:  # XSTest: types contrast_... are the unsafe 200
         label = "harmful" if row["type"].startswith("contrast_") else "benign"
     turns = as_turns(get["text"].strip() if isinstance(get["text"], str) else get["text"])
     return dict(id=f"{group}/{get['id'] or n}", set=group, turns=turns, label=LABELS[label],
@@ -532,7 +731,7 @@ def read_texts(path):
     if path.is_dir():
         texts = [read_text(f) for f in sorted(path.glob("**/*.txt"))]
     elif ".jsonl" in path.name:
-        texts = [str(row.get("text", "")) for _, row in read_rows(path)]
+        texts = [row["text"] for _, row in read_rows(path, text=str)]
     else:
         texts = re.split(r"\n\s*\n", read_text(path))
     texts = [t.strip() for t in texts if t.strip()]
@@ -542,11 +741,11 @@ def read_texts(path):
 def read_cloze(path, tok):
     """Texts (ids, mask) of a JSONL file {"text", "next"}; the mask marks `next`."""
     out = []
-    for n, row in read_rows(path):
-        good = all(isinstance(row.get(key), str) for key in ("text", "next"))
-        need(good, f"{path} line {n}: wanted two texts, text and next")
+    for n, row in read_rows(path, text=str, next=str):
         text, answer = [BOS] + encode_plain(tok, row["text"]), encode_plain(tok, row["next"])
+        need(answer, f"{path} line {n}: next is empty")
         out.append((text + answer, [0] * len(text) + [1] * len(answer)))
+    need(out, f"{path}: no row in it")
     return out
 
 # ---- batches ----
@@ -554,6 +753,7 @@ def encode(tok, examples, template, max_tokens=None):
     """Examples, every text encoded once; (rows, how many were too long).
     A row is the example and its prompt_ids, chosen_tokens and rejected_tokens, (ids, mask) or None."""
     rows = []
+    note_forged(examples, template)
     for ex in examples:
         prompt, chosen, rejected = (render_chat(tok, ex["turns"], reply, template)
                                     for reply in (None, ex["chosen"], ex["rejected"]))
@@ -593,7 +793,8 @@ def main():
     args = ap.parse_args()
     tok, examples = load_tokenizer(args.model), read_pairs(args.data)[0]
     template = args.template or default_template(args.model, tok)
-    ex = examples[min(args.row, len(examples)) - 1]
+    need(args.row <= len(examples), f"--row {args.row}: {args.data} has {len(examples)} examples")
+    ex = examples[args.row - 1]
     ids, mask = render_chat(tok, ex["turns"], ex["chosen"], template)
     print(f"template {template}, {len(ids)} tokens, {sum(mask)} of them trained on")
     for i, (t, m) in enumerate(zip(ids, mask)):

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import nn
 
 import data
@@ -33,7 +32,6 @@ NORMS = dict.fromkeys("qkv", "input_layernorm") | dict(
 class LoRALinear(nn.Module):
     """A frozen linear layer and its adapter A (r, in), B (out, r), in fp32 for any dtype.
     kept: the layer's weight while the adapter is merged into it. start: the subspace V as set in."""
-
     def __init__(self, linear, place, layer, r, alpha):
         super().__init__()
         self.linear, self.place, self.layer, self.r, self.scale = linear, place, layer, r, alpha / r
@@ -67,7 +65,8 @@ def attach(model, targets=("q", "k", "v", "o"), r=16, alpha=32, layers=None):
     layers = range(n) if layers is None else layers
     known, inside = targets and set(targets) <= set(PLACES), all(0 <= i < n for i in layers)
     need(known, f"targets {','.join(targets)}: choose from {', '.join(PLACES)}")
-    need(r >= 1 and inside, f"rank {r}, layers {list(layers)}: the model has layers 0..{n - 1}, rank is >= 1")
+    need(1 <= r <= model.config.d_model and inside, f"rank {r}, layers {list(layers)}: the model has layers "
+         f"0..{n - 1} and {model.config.d_model} dimensions")
     model.requires_grad_(False)
     for i in layers:
         for place in targets:
@@ -127,7 +126,6 @@ def nearest(by_layer, layer):
 def fit_to_rank(V, r, rng):
     """V (D, r_s) -> (D, r): its first r columns, or V and a random orthonormal complement."""
     D, have = V.shape
-    need(r <= D, f"rank {r} is more than the residual stream's {D} dimensions")
     if have >= r:
         return V[:, :r]
     fill = torch.randn(D, r - have, generator=rng, dtype=torch.float64)
@@ -197,8 +195,9 @@ def save_adapter(model, folder, base="", provenance=None):
     """Write adapter_model.safetensors (fp32), adapter_config.json and, if given, sails.json."""
     folder, mods = Path(folder), adapters(model)
     one, layers = mods[0][1], sorted({m.layer for _, m in mods})
+    name, revision = (str(base), None) if Path(base).exists() else (*str(base).split("@"), None)[:2]
     config = dict(
-        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=one.r,
+        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=name, revision=revision, r=one.r,
         lora_alpha=one.scale * one.r, target_modules=sorted({PLACES[m.place].split(".")[1] for _, m in mods}),
         lora_dropout=0.0, bias="none", use_rslora=False, use_dora=False, fan_in_fan_out=False,
         modules_to_save=None, layers_to_transform=None if len(layers) == model.config.n_layers else layers,
@@ -215,14 +214,22 @@ def _tensors(model):
 
 def read_adapter(folder):
     """(adapter_config.json, tensors by name) of a plain LoRA in PEFT's form."""
-    path = Path(folder) / "adapter_config.json"
+    path, weights = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
     need(path.is_file(), f"{folder}: no adapter_config.json in it; give the folder of a finished run")
-    c, extras = data.read_json(path), "rank_pattern alpha_pattern modules_to_save use_dora fan_in_fan_out"
-    special = [k for k in extras.split() if c.get(k)] + ([] if c.get("bias", "none") == "none" else ["bias"])
-    plain = c.get("peft_type") == "LORA" and not special and {"r", "lora_alpha"} <= c.keys()
-    need(plain, f"{folder}: not a plain LoRA adapter ({', '.join(special) or c.get('peft_type')})")
-    model_gemma.tensor_shapes(path.parent / "adapter_model.safetensors")
-    return c, load_file(path.parent / "adapter_model.safetensors")
+    # other starts (pissa, olora, corda, ...) change the base weights too, which are not in this folder
+    starts, switch = (True, False, "gaussian", "orthogonal", "eva", None), (bool, None)
+    c = data.read_json(path, peft_type="LORA", r=range(1, 2**20), lora_alpha=data.POSITIVE, use_rslora=switch,
+                       bias=("none", None), init_lora_weights=starts, base_model_name_or_path=(str, None),
+                       target_modules=(list, str, None))
+    extras = "rank_pattern alpha_pattern modules_to_save use_dora fan_in_fan_out"
+    special = [k for k in extras.split() if c.get(k)]
+    need(not special, f"{folder}: not a plain LoRA adapter ({', '.join(special)})")
+    shapes, swap = model_gemma.tensor_shapes(weights), str.maketrans("AB", "BA")
+    wrong = [n for n, s in shapes.items() if len(s) != 2 or s["lora_B" in n] != c["r"]]
+    need(not wrong, f"{weights}: {wrong[:1]} is not of rank {c['r']}, which adapter_config.json says")
+    lacks = {n[:-8] + n[-8:].translate(swap) for n in shapes} - shapes.keys()  # ..._A.weight, ..._B.weight
+    need(not lacks, f"{weights}: lacks {sorted(lacks)[:1]}")
+    return c, dict(model_gemma.read_tensors(weights))
 
 def load_adapter(model, folder):
     """Attach an adapter in PEFT's form; UserError for what PEFT would ignore or half use."""
@@ -254,13 +261,18 @@ def load_state(path, params, opt):
     """Put a checkpoint into parameters and optimizer; the next step, 0 without a checkpoint."""
     if not path.exists():
         return 0
-    with safe_open(path, "pt", device="cpu") as f:
-        step = int(f.metadata()["step"])
-        for name, p in params:
-            p.copy_(f.get_tensor("p." + name))
-            m, v = (f.get_tensor(x + name).to(p.device) for x in ("m.", "v."))
-            opt.state[p] = dict(exp_avg=m, exp_avg_sq=v, step=torch.tensor(float(step)))
-    return step
+    want = {x + name: p.shape for x in ("p.", "m.", "v.") for name, p in params}
+    model_gemma.check_shapes(path, model_gemma.tensor_shapes(path), want, "another run's checkpoint?")
+    with safe_open(path, "pt") as f:
+        step = (f.metadata() or {}).get("step", "")
+    need(step.isdecimal() and len(step) < 10, f"{path}: has no step, so is not a checkpoint")
+    saved = dict(model_gemma.read_tensors(path))
+    for name, p in params:
+        p.copy_(saved["p." + name])
+        m, v = (saved[x + name].to(p.device) for x in ("m.", "v."))
+        need(bool((v >= 0).all()), f"{path}: v.{name} is a mean of squares, but below 0")
+        opt.state[p] = dict(exp_avg=m, exp_avg_sq=v, step=torch.tensor(float(step)))
+    return int(step)
 
 # ---- base and adapter as one model ----
 def save_merged(run, out, base=None, dtype=None, shard_bytes=5 * 10 ** 9):
@@ -275,8 +287,7 @@ def save_merged(run, out, base=None, dtype=None, shard_bytes=5 * 10 ** 9):
     model = model_gemma.load_gemma(base, model_gemma.DTYPES[dtype])
     model_gemma.add_adapter(model, run)
     model_gemma.save_gemma(model, out, shard_bytes)
-    carried = re.compile(r"(tokenizer|special_tokens_map|generation_config|chat_template)[^/]*")
-    for name in filter(carried.fullmatch, data.listing(base)):
+    for name in filter(re.compile(r"(tokenizer|special|generation|chat)[^/]*").fullmatch, data.listing(base)):
         (out / name).write_bytes(data.read_bytes(data.fetch(base, [name])[0] / name))
     data.write_text(out / "README.md", model_card(run, base, dtype))
     print(f"{out}: {base} with the adapter of {run} merged into it, in {dtype}")
@@ -311,7 +322,7 @@ def main():
         short = name.removeprefix("base_model.model.model.").removesuffix(".lora_A.weight")
         print(f"{short:32s} |dW| {size:9.4f}   |A| {A.norm():8.4f}   |B| {B.norm():8.4f}")
     if (args.run / "sails.json").is_file():
-        for key, value in data.read_json(args.run / "sails.json").items():
+        for key, value in data.read_json(args.run / "sails.json", method=str).items():
             print(f"{key}: {value}")
 
 if __name__ == "__main__":

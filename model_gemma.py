@@ -7,6 +7,7 @@ soft-capped scores and logits, local and global layers in turns.
 Letters: B batch, T tokens, S cached + new tokens, D d_model, H query heads, K key/value heads, d head_dim,
 V vocabulary.   Run it (`python model_gemma.py --model DIR`) to talk to a model, adapted or steered.
 """
+import contextlib
 import re
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -31,35 +32,44 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def config_from_json(raw):
     """A model's shape from config.json's dict, in transformers' old and new spellings.
     UserError for what this forward does not compute: another family, biases, an untied head, scaled RoPE."""
-    kind, act = raw.get("model_type"), raw.get("hidden_activation") or raw.get("hidden_act")
-    g2, untied = kind == "gemma2", raw.get("tie_word_embeddings") is False
-    need(kind in ("gemma2", "gemma3_text"), f"config.json: this code runs Gemma 2 and 3 text, not {kind!r}")
-    need(act in ("gelu_pytorch_tanh", None), f"config.json: activation {act!r}; Gemma's is gelu_pytorch_tanh")
-    odd = untied or raw.get("attention_bias") or raw.get("use_bidirectional_attention")
-    need(not odd, "config.json: biases, an untied head or bidirectional attention; Gemma 2/3 text has none")
-    scalar = raw.get("query_pre_attn_scalar", 256)
-    if g2 and raw.get("num_hidden_layers") == 42 and scalar == 224:
+    data.check(raw, "config.json", **KINDS)
+    g2, heads, shared = raw["model_type"] == "gemma2", raw["num_attention_heads"], raw["num_key_value_heads"]
+    whole = heads % shared == 0 and raw["head_dim"] % 2 == 0
+    need(whole, f"config.json: {heads} heads cannot share {shared}, or head_dim {raw['head_dim']} is odd")
+    scalar = raw.get("query_pre_attn_scalar") or 256
+    if g2 and raw["num_hidden_layers"] == 42 and scalar == 224:
         data.note("warning: this 9B config has query_pre_attn_scalar 224; it was corrected to 256")
-    with expecting("config.json lacks a key; is it a whole model's config?", KeyError):
-        return SimpleNamespace(
-            d_model=raw["hidden_size"], n_layers=raw["num_hidden_layers"], d_mlp=raw["intermediate_size"],
-            n_heads=raw["num_attention_heads"], n_kv_heads=raw["num_key_value_heads"],
-            head_dim=raw["head_dim"], vocab_size=raw["vocab_size"], eps=raw.get("rms_norm_eps", 1e-6),
-            query_scalar=scalar,  # scores times its ** -.5: 256 for the 9B, 144 for the 27B
-            local=_local_layers(raw, g2),  # per layer: does it see only `window` tokens back?
-            window=raw.get("sliding_window") or 4096,
-            theta=_rope_thetas(raw, g2),  # RoPE base of local (True) and global (False) layers
-            attn_cap=raw.get("attn_logit_softcapping", 50.0 if g2 else None),
-            final_cap=raw.get("final_logit_softcapping", 30.0 if g2 else None),
-            qk_norm=not g2,  # Gemma 3 normalises each head's query and key
-            raw=raw)  # config.json itself, to be saved again
+    return SimpleNamespace(
+        d_model=raw["hidden_size"], n_layers=raw["num_hidden_layers"], d_mlp=raw["intermediate_size"],
+        n_heads=heads, n_kv_heads=shared,
+        head_dim=raw["head_dim"], vocab_size=raw["vocab_size"], eps=raw.get("rms_norm_eps") or 1e-6,
+        query_scalar=scalar,  # scores times its ** -.5: 256 for the 9B, 144 for the 27B
+        local=_local_layers(raw, g2),  # per layer: does it see only `window` tokens back?
+        window=raw.get("sliding_window") or 4096,
+        theta=_rope_thetas(raw, g2),  # RoPE base of local (True) and global (False) layers
+        attn_cap=raw.get("attn_logit_softcapping", 50.0 if g2 else None),
+        final_cap=raw.get("final_logit_softcapping", 30.0 if g2 else None),
+        qk_norm=not g2,  # Gemma 3 normalises each head's query and key
+        raw=raw)  # config.json itself, to be saved again
+
+# What config.json may say. Sizes have ends, so that no number is allocated before the weights are looked at
+KINDS = dict(model_type=("gemma2", "gemma3_text"), num_hidden_layers=range(1, 1001), layer_types=(list, None),
+             tie_word_embeddings=(True, None), rope_parameters=(dict, None), rope_scaling=(dict, None))
+KINDS |= dict.fromkeys(("hidden_size", "intermediate_size", "head_dim", "vocab_size"), range(1, 2**24))
+KINDS |= dict.fromkeys(("num_attention_heads", "num_key_value_heads"), range(1, 2**12))
+KINDS |= dict.fromkeys(("sliding_window", "sliding_window_pattern"), (range(1, 2**31), None))
+KINDS |= dict.fromkeys(("hidden_activation", "hidden_act"), ("gelu_pytorch_tanh", None))
+KINDS |= dict.fromkeys(("attention_bias", "use_bidirectional_attention"), (False, None))
+KINDS |= dict.fromkeys(("rms_norm_eps", "query_pre_attn_scalar", "attn_logit_softcapping", "rope_theta",
+                        "final_logit_softcapping", "rope_local_base_freq"), (data.POSITIVE, None))
 
 def _local_layers(raw, g2):
     """Per layer, is it local? By default even layers in Gemma 2, all but every sixth in Gemma 3."""
-    n, every, kinds = raw["num_hidden_layers"], raw.get("sliding_window_pattern", 6), raw.get("layer_types")
+    n, kinds, every = raw["num_hidden_layers"], raw.get("layer_types"), raw.get("sliding_window_pattern")
     if kinds is None:
-        return [(i + 1) % (2 if g2 else every) != 0 for i in range(n)]
-    need(len(kinds) == n, f"config.json names the kinds of {len(kinds)} layers but has {n}")
+        return [(i + 1) % (2 if g2 else every or 6) != 0 for i in range(n)]
+    known = len(kinds) == n and all(k in ("sliding_attention", "full_attention") for k in kinds)
+    need(known, f"config.json: layer_types must name {n} layers, each sliding_attention or full_attention")
     return [k == "sliding_attention" for k in kinds]
 
 def _rope_thetas(raw, g2):
@@ -68,11 +78,12 @@ def _rope_thetas(raw, g2):
     if "rope_theta" in new:  # Gemma 2: one base for all layers
         new = {"sliding_attention": new, "full_attention": new}
     for part in (*new.values(), raw.get("rope_scaling") or {}):
+        data.check(part, "config.json: RoPE", rope_theta=(data.POSITIVE, None))
         plain = part.get("rope_type", part.get("type", "default")) == "default"
         need(plain, f"config.json asks for RoPE scaling {part}; Gemma 2 and Gemma 3 270M / 1B have none")
-    old = {"full_attention": raw.get("rope_theta", 1e4 if g2 else 1e6),
-           "sliding_attention": raw.get("rope_theta", 1e4) if g2 else raw.get("rope_local_base_freq", 1e4)}
-    return {k == "sliding_attention": float(new.get(k, {}).get("rope_theta", old[k])) for k in old}
+    old = {"full_attention": raw.get("rope_theta") or (1e4 if g2 else 1e6),
+           "sliding_attention": (raw.get("rope_theta") if g2 else raw.get("rope_local_base_freq")) or 1e4}
+    return {k == "sliding_attention": float(new.get(k, {}).get("rope_theta") or old[k]) for k in old}
 
 def load_config(spec):
     """The config of a local folder or hub id; only config.json is read or downloaded."""
@@ -85,7 +96,6 @@ def softcap(x, cap):
 
 class RMSNorm(nn.Module):
     """x / rms(x) * (1 + weight) in fp32, cast last; Llama's cast before the gain moves logits."""
-
     def __init__(self, dim, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(dim))  # stored as an offset: 0 is the identity
@@ -96,7 +106,6 @@ class RMSNorm(nn.Module):
 
 class _Norm(torch.autograd.Function):
     """RMSNorm's arithmetic and its gradient by hand: autograd would walk through seven tensors."""
-
     @staticmethod
     def forward(ctx, x, weight, eps):
         y = x.float()
@@ -141,7 +150,6 @@ def attend_mask(pos_q, pos_k, keep_k, window=None):
 
 class KVCache(dict):
     """Of all tokens so far: "pos", "keep" (B, S); ("k", layer), ("v", layer) (B, K, S, d)."""
-
     def add(self, key, new, dim=1):
         """Append what belongs to the new tokens; that of all tokens."""
         self[key] = torch.cat([self[key], new], dim) if key in self else new
@@ -149,7 +157,6 @@ class KVCache(dict):
 
 class Attention(nn.Module):
     """Grouped-query attention with RoPE and soft-capped scores; Gemma 3 norms queries and keys."""
-
     def __init__(self, c, layer):
         super().__init__()
         self.c, self.layer = c, layer
@@ -182,7 +189,6 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """GeGLU with the tanh approximation of gelu."""
-
     def __init__(self, c):
         super().__init__()
         self.gate_proj = nn.Linear(c.d_model, c.d_mlp, bias=False)
@@ -195,7 +201,6 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Norm before and after each branch; the second acts on the branch before it is added.
     want (B, T) bool: what follows attention is done for these positions only and comes back as (n, D)."""
-
     def __init__(self, c, layer):
         super().__init__()
         self.self_attn, self.mlp = Attention(c, layer), MLP(c)
@@ -213,7 +218,6 @@ class Block(nn.Module):
 # ---- the model ----
 class Gemma(nn.Module):
     """The whole decoder. Parameter names are the published ones without their leading `model.`"""
-
     def __init__(self, c):
         super().__init__()
         self.config = c
@@ -294,7 +298,6 @@ class _ChunkedNLL(torch.autograd.Function):
     """Head, cap and cross-entropy by chunks: 4 x 512 positions of a 256,000-word head are 2 GB.
     With a frozen head the gradient for h is made at once, while a chunk's logits are there; a trainable one
     (tied) is worked out again in the backward pass."""
-
     @staticmethod
     def forward(ctx, h, table, targets, cap, chunk):
         ctx.cap, ctx.chunk, ctx.head_trains = cap, chunk, table.requires_grad
@@ -349,37 +352,65 @@ def load_gemma(spec, dtype=torch.float32, device="cpu"):
     config, (folder, shards) = load_config(spec), weight_files(spec)
     with torch.device("meta"):
         model = Gemma(config)
-    want = {"model." + name: p.shape for name, p in model.named_parameters()}
-    shapes = {shard: tensor_shapes(folder / shard) for shard in shards}
-    found = {name: shape for part in shapes.values() for name, shape in part.items()}
+    want = _published(model)
+    found = {}
+    for shard in shards:
+        part = tensor_shapes(folder / shard)
+        need(not found.keys() & part, f"{folder}: {shard} and another file hold {[*found.keys() & part][:1]}")
+        found |= part
     if "lm_head.weight" in found:  # in some merged checkpoints
         want["lm_head.weight"] = want["model.embed_tokens.weight"]
     check_shapes(folder, found, want, "config.json and weights do not belong together")
     tensors = {}
     for shard in data.progress(shards, desc="weights", disable=None if len(shards) > 1 else True):
-        with safe_open(folder / shard, "pt", device="cpu") as f:
-            for name in shapes[shard]:
-                tensors[name.removeprefix("model.")] = f.get_tensor(name).to(device=device, dtype=dtype)
+        for name, t in read_tensors(folder / shard):
+            tensors[name.removeprefix("model.")] = t.to(device=device, dtype=dtype)
     head = tensors.pop("lm_head.weight", tensors["embed_tokens.weight"])
     tied = torch.equal(head, tensors["embed_tokens.weight"])
     need(tied, f"{folder}: lm_head.weight differs from the embedding; Gemma's head is tied")
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(False)
 
+def _published(model):
+    return {"model." + name: p.shape for name, p in model.named_parameters()}
+
 def weight_files(spec):
     """(folder, names of the safetensors files): one file, or the shards that the index names."""
     shards, index = ["model.safetensors"], "model.safetensors.index.json"
     if index in data.listing(spec):
-        folder, _ = data.fetch(spec, [index])
-        shards = sorted(set(data.read_json(folder / index).get("weight_map", {}).values()))
-        need(shards, f"{folder / index}: no weight_map in it; download it again")
+        path = data.fetch(spec, [index])[0] / index
+        parts = data.read_json(path, weight_map=dict)["weight_map"]
+        good = parts and all(isinstance(x, str) and x.endswith(".safetensors") for x in parts.values())
+        need(good, f"{path}: weight_map must name a .safetensors file for every tensor; {data.damaged(path)}")
+        shards = sorted(set(parts.values()))
+        with expecting(f"{path}: weight_map", UserError):
+            return data.fetch(spec, shards)[0], shards
     return data.fetch(spec, shards)[0], shards
 
-def tensor_shapes(path):
-    """{name: shape} of a safetensors file; reads its header only."""
-    with expecting(f"{path}: not a whole safetensors file; download it again", SafetensorError, OSError):
+@contextlib.contextmanager
+def _opened(path):
+    with expecting(f"{path}: not a whole safetensors file; {data.damaged(path)}", SafetensorError, OSError):
         with safe_open(path, "pt", device="cpu") as f:
-            return {n: tuple(f.get_slice(n).get_shape()) for n in f.keys()}
+            yield f
+
+def tensor_shapes(path, kinds=("F64", "F32", "F16", "BF16")):
+    """{name: shape} of a safetensors file, by its header; UserError for tensors of no such kind."""
+    with _opened(path) as f:
+        parts = {name: f.get_slice(name) for name in f.keys()}
+    for name, part in parts.items():
+        need(part.get_dtype() in kinds, f"{path}: tensor {name}: {part.get_dtype()}, wanted one of {kinds}")
+    return {name: tuple(part.get_shape()) for name, part in parts.items()}
+
+def read_tensors(path):
+    """Yield (name, tensor) of a safetensors file, each looked at by finite()."""
+    with _opened(path) as f:
+        for name in f.keys():
+            yield name, finite(f.get_tensor(name), f"{path}: tensor {name}")
+
+def finite(tensor, what):
+    """The tensor; UserError if a NaN or inf is in it."""
+    need(torch.isfinite(tensor.sum(dtype=torch.float32)), f"{what} holds NaN or inf")  # they reach the sum
+    return tensor
 
 def check_shapes(path, found, want, advice):
     """UserError, ending in `advice`, unless both {name: shape} are equal."""
@@ -388,14 +419,17 @@ def check_shapes(path, found, want, advice):
         need(have == wanted, f"{path}: tensor {name}: here {have}, wanted {wanted}; {advice}")
 
 def save_tensors(path, tensors, **metadata):
-    """Write a safetensors file whole or not at all."""
-    plain = {n: t.detach().contiguous() for n, t in tensors.items()}
-    with data.replacing(path) as beside:
+    """Write a safetensors file whole or not at all; UserError for NaN or inf."""
+    plain = {n: finite(t.detach().contiguous(), f"{path} is not written: {n}") for n, t in tensors.items()}
+    with data.replacing(path) as beside, expecting(f"cannot write {path}", SafetensorError):
         save_file(plain, beside, metadata={"format": "pt", **metadata})
 
 def save_gemma(model, folder, shard_bytes=5 * 10 ** 9):
     """Write config.json and weights in the hub's layout, in files of shard_bytes; no tokenizer."""
     folder, dtype = Path(folder), str(model.dtype).removeprefix("torch.")
+    with torch.device("meta"):
+        want = _published(Gemma(model.config))
+    check_shapes(folder, _published(model), want, "merge and detach its adapters first")
     # both spellings of the dtype, for readers old and new: transformers would cast to the one that it finds
     data.write_json(folder / "config.json", {**model.config.raw, "dtype": dtype, "torch_dtype": dtype})
     tensors = {"model." + n: p for n, p in model.named_parameters()}
@@ -436,22 +470,22 @@ def add_adapter(model, folder):
     """Add a plain LoRA in PEFT's form to the weights; lora.py, read later, trains them."""
     c, wrong = data.read_json(f"{folder}/adapter_config.json"), f"{folder}: no plain LoRA for this model"
     with expecting(wrong, AttributeError, KeyError, OSError, RuntimeError, SafetensorError):
-        tensors, power = load_file(f"{folder}/adapter_model.safetensors"), .5 if c.get("use_rslora") else 1
-        for name in [n for n in tensors if ".lora_A." in n]:
-            A, B = (tensors.pop(name.replace("lora_A", x)).float() for x in ("lora_A", "lora_B"))
+        rest, p = dict(read_tensors(f"{folder}/adapter_model.safetensors")), .5 if c.get("use_rslora") else 1
+        for name in [n for n in rest if ".lora_A." in n]:
+            A, B = (rest.pop(name.replace("lora_A", x)).float() for x in ("lora_A", "lora_B"))
             W = model.get_parameter(name.removeprefix("base_model.model.model.").replace("lora_A.", ""))
-            W.copy_(W.float() + (c["lora_alpha"] / len(A) ** power * B @ A).to(W.device))
-    need(not tensors and not c.get("alpha_pattern"), f"{wrong}: it holds {[*tensors, 'alpha_pattern'][0]}")
+            W.copy_(W.float() + (c["lora_alpha"] / len(A) ** p * B @ A).to(W.device))
+    need(not rest and not c.get("alpha_pattern"), f"{wrong}: it holds {[*rest, 'alpha_pattern'][0]}")
 
 def steer(model, layer, feature, strength, sae, width="16k"):
     """Add strength times a feature's decoder row after a block, everywhere, until .remove()."""
-    folder, name = data.fetch_sae(sae, layer, width)
-    with expecting(f"{folder / name}: not a whole SAE file", Exception):
-        file = (np.load if name.endswith(".npz") else load_file)(folder / name)
+    name = data.sae_file(sae, layer, width)
+    path = data.fetch(sae, [name])[0] / name
+    with expecting(f"{path}: not a whole SAE file", Exception):
+        file = np.load(path) if path.suffix == ".npz" else dict(read_tensors(path))
         W = torch.as_tensor(file["W_dec" if "W_dec" in file else "w_dec"])  # (N, D)
-    need(feature < len(W), f"{folder / name}: no feature {feature}; it has 0..{len(W) - 1}")
-    fits = layer < model.config.n_layers and W.shape[1] == model.config.d_model
-    need(fits, f"{folder / name}: made for another model, of more layers or another width")
+    need(feature < len(W), f"{path}: no feature {feature}; it has 0..{len(W) - 1}")
+    need(layer < model.config.n_layers and W.shape[1] == model.config.d_model, f"{path} fits another model")
     row = (strength * W[feature].float()).to(model.device, model.dtype)  # (D,)
     return model.layers[layer].register_forward_hook(lambda block, args, h: h + row)
 
@@ -471,9 +505,9 @@ def main():
     args = ap.parse_args()
     steering = [re.fullmatch(r"(\d+):(\d+)=(-?\d+(?:\.\d+)?)", text) for text in args.steer]
     need(all(steering) and (args.sae or not steering), "--steer wants LAYER:FEATURE=STRENGTH and --sae")
-    tok = data.load_tokenizer(args.model)
-    template = args.template or data.default_template(args.model, tok)
     model = load_gemma(args.model, DTYPES[args.dtype], args.device)
+    tok = data.load_tokenizer(args.model, model.config.vocab_size)
+    template = args.template or data.default_template(args.model, tok)
     if args.adapter:
         add_adapter(model, args.adapter)
     for m in steering:

@@ -8,15 +8,16 @@ Run it (`python sae.py --model DIR --sae DIR --layer L --prompt TEXT`) to see wh
 """
 import re
 import zipfile
+import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 import data
 import model_gemma
-from data import expecting, fetch_sae, find_sae, need
+from data import expecting, find_sae, need, sae_file
 
 SHAPES = dict(W_enc="DN", W_dec="ND", b_enc="N", b_dec="D", threshold="N")
 # Published SAEs by the model's name or, for renamed folders, by its shape: repository, width, layers
@@ -30,7 +31,6 @@ FAMILIES = {
 
 class JumpReLUSAE(torch.nn.Module):
     """An SAE as W_enc (D, N), W_dec (N, D), b_enc (N), b_dec (D), threshold (N), all fp32."""
-
     def __init__(self, W_enc, W_dec, b_enc, b_dec, threshold, name=""):
         super().__init__()
         for key, value in zip(SHAPES, (W_enc, W_dec, b_enc, b_dec, threshold)):
@@ -56,8 +56,8 @@ def published(spec, config):
 
 def load_sae(spec, layer, width="16k", l0=None, device="cpu"):
     """One JumpReLUSAE; UserError for a broken file or tensors that do not belong together."""
-    folder, name = fetch_sae(spec, layer, width, l0)
-    path = folder / name
+    name = sae_file(spec, layer, width, l0)
+    path = data.fetch(spec, [name])[0] / name
     tensors = {{"w_enc": "W_enc", "w_dec": "W_dec"}.get(k, k): v for k, v in _read_tensors(path).items()}
     scale = tensors.pop("scaling_factor", torch.ones(1))  # in a few early files, all ones
     need(bool((scale == 1).all()), f"{path}: has a scaling_factor that is not 1, so is no plain JumpReLU SAE")
@@ -71,12 +71,20 @@ def load_sae(spec, layer, width="16k", l0=None, device="cpu"):
     return JumpReLUSAE(**tensors, name=name).to(device)
 
 def _read_tensors(path):
-    with expecting(f"{path}: not a whole SAE file", zipfile.BadZipFile, EOFError, OSError, ValueError):
-        if path.suffix == ".npz":
+    if path.suffix == ".npz":
+        with expecting(f"{path}: not a whole SAE file; {data.damaged(path)}", zipfile.BadZipFile, zlib.error,
+                       EOFError, OSError, ValueError, TypeError, NotImplementedError):
+            with zipfile.ZipFile(path) as z:
+                size, unpacked = path.stat().st_size, sum(part.file_size for part in z.infolist())
+            need(unpacked < 10 * size, f"unpacks to {unpacked:,} bytes, so it holds no weights")
             with np.load(path, allow_pickle=False) as f:
-                return {k: torch.from_numpy(f[k]) for k in f.files}
-        model_gemma.tensor_shapes(path)
-        return load_file(path)
+                found = {k: torch.from_numpy(f[k]) for k in f.files}
+        for name, t in found.items():
+            need(t.is_floating_point(), f"{path}: {name} is {t.dtype}, wanted floating point")
+            model_gemma.finite(t, f"{path}: {name}")
+        return found
+    model_gemma.tensor_shapes(path)
+    return dict(model_gemma.read_tensors(path))
 
 def check_fit(sae, model, layer):
     """UserError unless the SAE reads this model's residual stream at an existing layer."""
@@ -90,6 +98,9 @@ def save_sae(sae, folder, layer, l0):
     name = f"layer_{layer}/width_{len(sae.W_dec)}/average_l0_{round(l0)}/params.npz"
     with data.replacing(f"{folder}/{name}") as beside, open(beside, "wb") as f:
         np.savez(f, **{k: getattr(sae, k).cpu().numpy() for k in SHAPES})
+    for other in Path(folder, name).parents[1].glob("*/params.npz"):
+        if other != Path(folder, name):  # load_sae would have to choose
+            other.unlink()
     return name
 
 def neuronpedia_url(model_spec, layer, width, feature):

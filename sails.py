@@ -25,7 +25,6 @@ Run it (`python sails.py`) to check the claims: two tables, a verdict each, exit
 """
 import math
 from collections import defaultdict
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -33,7 +32,6 @@ import torch.nn.functional as F
 
 import data
 from data import need
-from sae import train_sae
 
 # ---- 2. mean activations of two sets ----
 def contrast_pairs(rows, contrast="replies", last=3):
@@ -177,6 +175,10 @@ def _choose(method, s, k, rule, drop, rng, layer):
         return fired[torch.randperm(len(fired), generator=rng)[:k]]
     return fired[top_features(s["mu_aligned"][fired], s["mu_unaligned"][fired], k, rule)]
 
+def top_eigenspace(C, r):
+    """The r leading eigenvectors (D, r) of a symmetric matrix, largest last."""
+    return torch.linalg.eigh(C)[1][:, -r:]
+
 # ---- the theorem: error ----
 def projector_distance(U, V):
     """|P_U - P_V| of the column spans of U (D, r_u) and V (D, r_v): 0 to sqrt(r_u + r_v).
@@ -245,189 +247,10 @@ def _positive(**values):
         if not 0 < v < float("inf") or (name in ("r", "r_s", "n", "m") and v != int(v)):
             raise ValueError(f"{name} = {v}: must be positive and finite, and a count must be whole")
 
-# ---- the theorem: model ----
-def superposition(seed, d=64, m=128, r=6, coherence=0., nuisances=3, strength=0., tilt=.01):
-    """Draw a dictionary and two distributions over its features (Elhage et al. 2022), float64:
-    W (m, d)      unit rows d_i, of mean cosine about `coherence`
-    safety (r,)   S: every second feature is on more often in aligned states, as a refusal is, the others in
-                  unaligned ones, as harm is
-    nuisance      features of an unrelated concept, common and `strength` times as large as others, that fire
-                  2 * tilt more often in unaligned states: entangled with harm, no part of it
-    p, mean, var  (2, m), aligned first: an activation is uniform on [0, top_i] with probability p_i, else 0,
-                  all independent; delta (m,) is mean[0] - mean[1]
-    gamma         smallest |delta| on S minus the largest off S: the gap that selection lives on"""
-    if not (1 <= r <= d and r + nuisances <= m and 0 <= coherence < 1 and 0 <= tilt <= .3):
-        raise ValueError(f"no such model: {d=} {m=} {r=} {nuisances=} {coherence=} {tilt=}")
-    gen = stream(seed, 1)
-    z = F.normalize(torch.randn(m + 1, d, generator=gen, dtype=torch.float64), dim=-1)
-    w = SimpleNamespace(W=F.normalize((1 - coherence) ** .5 * z[:m] + coherence ** .5 * z[m], dim=-1))
-    order = torch.randperm(m, generator=gen)
-    w.safety, w.nuisance, others = order[:r], order[r:r + nuisances], order[r:]
-    w.p = torch.full((2, m), .03, dtype=torch.float64)  # with S, 5 of 128 features are on at a time
-    w.p[torch.arange(r) % 2, w.safety] = torch.linspace(.25, .65, r, dtype=torch.float64)
-    w.p[:, w.nuisance] = torch.tensor([[.3 - tilt], [.3 + tilt]], dtype=torch.float64)
-    w.top = torch.ones(m, dtype=torch.float64).index_fill(0, w.nuisance, strength)
-    w.mean = w.p * w.top / 2
-    w.var = w.p * w.top ** 2 / 3 - w.mean ** 2
-    w.delta = w.mean[0] - w.mean[1]
-    w.gamma = float(w.delta[w.safety].abs().min()) - max(w.delta[others].abs().tolist(), default=0.)
-    return w
-
-def stream(*key):
-    """A generator seeded by a tuple. One plain seed would make errors repeat what they perturb."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-
-def superposition_pairs(world, n, seed, shared=0., noise=0.):
-    """Draw n pairs: activations (2, n, m) and hidden states (2, n, d), index 0 aligned.
-    shared: the probability that a feature with equal rates has one activation in both states of a pair; 1 is
-    the perfect pair, which differs in S and the nuisance only. noise: standard deviation added to h."""
-    gen = stream(seed, 2)
-    rand = lambda: torch.rand(n, len(world.top), generator=gen, dtype=torch.float64)
-    # one draw does for both: u < p happens with probability p, and given that, u / p is uniform
-    a = torch.stack([torch.where(u < p, u / p, 0) * world.top for u, p in zip((rand(), rand()), world.p)])
-    a[1] = torch.where((rand() < shared) & (world.p[0] == world.p[1]), a[0], a[1])
-    h = a @ world.W
-    return a, h + noise * torch.randn(h.shape, generator=gen, dtype=torch.float64)
-
-def difference_moment(world, shared=0., noise=0.):
-    """E[d d^T] (D, D), d a pair's difference of h: the matrix that PCA of pairs converges to."""
-    var, u = world.var.sum(0) * (1 - shared * (world.p[0] == world.p[1])), world.delta @ world.W  # (m,), (D,)
-    noises = 2 * noise ** 2 * torch.eye(len(u), dtype=torch.float64)
-    return (world.W.T * var) @ world.W + torch.outer(u, u) + noises
-
-def top_eigenspace(C, r):
-    """The r leading eigenvectors (D, r) of a symmetric matrix, largest last."""
-    return torch.linalg.eigh(C)[1][:, -r:]
-
-# ---- the check: cells[table, row, column] holds a number per seed ----
-SEEDS, RANK = range(10, 15), 6  # the trained SAE's settings were chosen on seeds 0-2
-EPS, STRENGTHS, PAIRS = (.01, .03, .1, .3, 1.), (0., .5, 1., 4., 16.), 10000
-BOUNDS = {"sae": "eps-close rows: e <= sqrt(2r) eps / sigma", "trained": "the same, a trained SAE's own eps",
-          "selection": "selection fails: p <= 2m exp(-n gamma^2/4B^2)",
-          "direct": "one direction: e >= sqrt(r-1)", "truncation": "r_s directions: e >= sqrt|r-r_s|"}
-FLOORS = ("direct", "truncation")  # the error is above these, below the others
-TITLES = {"eps": "SAE side: error against eps, the distance of the chosen decoder rows from the truth",
-          "strength": "Error against entanglement: an unrelated concept, this much as strong, tilted to harm"}
-PCA, LIMIT, PERFECT = "PCA of differences", "  its limit, ever more pairs", "  its limit, perfect pairs"
-TRUE, TRAINED, NUISANCE = "true rows, top r", "SAE trained on them", "nuisance |Delta| / least on S"
-
-def measure_eps(seed, cells, checks):
-    """Check claim 1 on rows planted eps off, at random and all one way; claim 4 on true rows."""
-    world, gen = superposition(seed), stream(seed, 5)
-    rows = world.W[world.safety]
-    plants = {"errors in random directions": random_rows, "errors all one way out": one_way_rows}
-    for eps in EPS:
-        bound = sae_bound(eps, RANK, _sigma(rows))
-        for name, plant in plants.items():
-            e = projector_distance(basis(plant(rows, eps, gen), range(RANK)), rows.T)
-            cells["eps", name, eps].append(e)
-            checks["sae"].append((e, bound))
-        cells["eps", "bound sqrt(2r) eps / sigma", eps].append(bound)
-        V = basis(rows, range(RANK), 1 - eps / 2)
-        checks["truncation"].append((projector_distance(V, rows.T), truncation_floor(RANK, V.shape[1])))
-
-def random_rows(rows, eps, gen):
-    """Rows (r, D), each moved exactly eps in a random direction."""
-    return rows + eps * F.normalize(torch.randn(rows.shape, generator=gen, dtype=torch.float64), dim=1)
-
-def one_way_rows(rows, eps, gen):
-    """Rows (r, D) moved eps along one line out of their span: the worst case of claim 1."""
-    U, _, Vt = torch.linalg.svd(rows, full_matrices=False)
-    w = torch.randn(rows.shape[1], generator=gen, dtype=torch.float64)
-    return rows + eps * U[:, -1:].sign() * F.normalize(w - Vt.T @ (Vt @ w), dim=0)
-
-def measure_entanglement(seed, cells, checks):
-    """Measure every estimator on the same pairs, over the strength of an entangled concept."""
-    for strength in STRENGTHS:
-        world = superposition(seed, strength=strength)
-        (a, h), target = superposition_pairs(world, PAIRS, seed), world.W[world.safety].T  # target (D, r)
-        d = h[0] - h[1]
-        V, eps, _ = trained_estimate(world, h, seed)
-        found = {"mean difference": d.mean(0)[:, None], PCA: top_eigenspace(d.T @ d / len(d), RANK),
-                 LIMIT: top_eigenspace(difference_moment(world), RANK),
-                 PERFECT: top_eigenspace(difference_moment(world, 1.), RANK),
-                 TRUE: sae_estimate(a, world.W, RANK)[0], TRAINED: V}
-        errors = {name: projector_distance(U, target) for name, U in found.items()}
-        checks["direct"].append((errors["mean difference"], direct_floor(RANK)))
-        checks["trained"].append((errors[TRAINED], sae_bound(eps, RANK, _sigma(target))))
-        ratio = float(world.delta[world.nuisance].abs().max() / world.delta[world.safety].abs().min())
-        for name, value in (errors | {NUISANCE: ratio}).items():
-            cells["strength", name, strength].append(value)
-
-def sae_estimate(codes, W_dec, r):
-    """SAILS: codes (2, n, N) and decoder rows (N, D) -> basis (D, r), chosen features (r,)."""
-    features = top_features(*codes.mean(1), r)
-    return basis(W_dec, features), features
-
-def trained_estimate(world, h, seed, steps=400):
-    """SAILS with an SAE trained on h: basis (D, r), eps of its chosen rows, of its best rows.
-    eps is how far the worst d_i of S is from the nearest row; where the two differ selection failed. The SAE
-    is given the number of features, and about how many fire at a time."""
-    sae = train_sae(h.flatten(0, 1).float(), len(world.W), 6, steps, batch=128, lr=1e-2, seed=seed)
-    W_dec, target = sae.W_dec.double(), world.W[world.safety]
-    V, features = sae_estimate(sae.encode(h).double(), W_dec, len(target))
-    away = (target[:, None] - W_dec).norm(dim=-1)  # (r, N)
-    return V, float(away[:, features].min(1).values.max()), float(away.min(1).values.max())
-
-def measure_selection(checks, trials=4000):
-    """Claim 2 where activations are coins, 0 or 1, the widest spread there is."""
-    gen = stream(0, 7)
-    cases = (1, 2, 150, .2), (1, 2, 400, .2), (2, 8, 300, .2), (3, 40, 80, .5), (3, 200, 2000, .15)
-    for r, m, n, gamma in cases:
-        p = torch.full((trials, 2, m), .5, dtype=torch.float64)
-        p[:, :, :r] += torch.tensor([[gamma / 2], [-gamma / 2]])
-        mu = torch.binomial(torch.full_like(p, n), p, generator=gen) / n  # (trials, 2, m)
-        wrong = sum(set(top_features(*row, r).tolist()) != set(range(r)) for row in mu)
-        checks["selection"].append((wrong / trials, 1 - selection_probability(n, gamma, 1, m)))
-
-def _sigma(A):
-    return float(torch.linalg.svdvals(A)[-1])
-
-def print_table(cells, table):
-    """Print one table: mean and half-width of the 95 % interval over seeds."""
-    rows, cols = (list(dict.fromkeys(key[i] for key in cells if key[0] == table)) for i in (1, 2))
-    print(f"\n{TITLES[table]}\n{table:32s}" + "".join(f"{c:>8g}       " for c in cols).rstrip())
-    for row in rows:
-        pairs = (data.t_interval(cells[table, row, c]) for c in cols)
-        shown = (f"{mean:8.3f}" + (f" ±{half:.3f}" if half >= 5e-4 else " " * 7) for mean, half in pairs)
-        print((f"{row:32s}" + "".join(shown)).rstrip())
-
-def plain_words(cells):
-    """Print what the entanglement table says, in sentences that only report its means."""
-    print(f"\nIn plain words ({len(SEEDS)} worlds, {PAIRS} pairs, ±: 95 % t-interval)")
-    for s in STRENGTHS:
-        at = lambda row: f"{np.mean(cells['strength', row, s]):.2f}"
-        print(f"- Entanglement of strength {s:g}. Raw PCA: {at(PCA)}, its limit {at(LIMIT)}, perfect pairs "
-              f"{at(PERFECT)};")
-        print(f"  trained SAE: {at(TRAINED)}; true rows: {at(TRUE)}; one vector: {direct_floor(RANK):.2f}.")
-    print(f"  There |Delta| of the unrelated concept is {at(NUISANCE)} times the least on S: above 1 the")
-    print("  assumption fails, and selection with it, for an SAE as for the true dictionary.")
-
-def verdicts(checks):
-    """Print a verdict per bound with its worst ratio; True if all hold, up to rounding of 1e-9."""
-    print(f"\n{'verdict':59s}{'measured':>10s}{'bound':>10s}{'ratio':>8s}  worst of")
-    good = True
-    for key, name in BOUNDS.items():
-        sign = -1 if key in FLOORS else 1
-        holds = all(sign * (e - b) <= 1e-9 * (1 + b) for e, b in checks[key])
-        e, b = max((c for c in checks[key] if c[1] > 0), key=lambda c: sign * c[0] / c[1])
-        word = "holds" if holds else "VIOLATED"
-        print(f"{name:49s}{word:10s}{e:10.3g}{b:10.3g}{e / b:8.3f}  {len(checks[key])} cases")
-        good = good and holds
-    return good
-
 def main():
+    from benchmarks import theory  # the tables: measurements, no part of the reading
     data.Arguments(description="Check the theorem; exit code 1 if a bound is violated.").parse_args()
-    torch.set_num_threads(1)  # tiny steps: a second thread only waits
-    cells, checks = defaultdict(list), defaultdict(list)
-    for seed in data.progress(SEEDS, desc="worlds"):
-        measure_eps(seed, cells, checks)
-        measure_entanglement(seed, cells, checks)
-    measure_selection(checks)
-    for table in TITLES:
-        print_table(cells, table)
-    plain_words(cells)
-    return 0 if verdicts(checks) else 1
+    return theory.check()
 
 if __name__ == "__main__":
     data.run_main(main)

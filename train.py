@@ -4,7 +4,7 @@
     python train.py --model google/gemma-2-9b    the paper's run: Gemma Scope, HH-RLHF, r = 16 on q,k,v,o
     python train.py --model DIR --sae DIR|fit --data FILE      the same from local folders
     ... --method sails,lora --lr 1e-4,3e-4 --seed 0,1,2        a comparison: a run each, one table
-Order: settings - objectives - training loop - one run and its stages - table.
+Order: settings - objectives - training loop - one run and its stages - several runs.
 Letters: B batch, n tokens or rows, D d_model; a subspace's basis V is (D, r_s), r the LoRA rank.
 """
 import contextlib
@@ -13,9 +13,9 @@ import math
 import os
 import sys
 import time
-from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
 
 import data
 import eval as evaluation
@@ -32,7 +31,7 @@ import model_gemma
 import sae as sae_module
 import sails
 from benchmarks.tiny_world import make_world
-from data import UserError, need
+from data import UserError, lead, need, say, together
 
 # ---- settings ----
 HH, LOOKALIKES = "Anthropic/hh-rlhf", Path(__file__).parent / "benchmarks" / "lookalikes.jsonl"
@@ -81,14 +80,14 @@ def parser():
     a("--targets", type=some(str, lora.PLACES), default=list("qkvo"), help=f"of {','.join(lora.PLACES)}")
     a("--objective", choices=("sft", "dpo", "rloo"), default="sft", help="sft reads chosen replies alone")
     a("--steps", type=count, default=500)
-    a("--batch", type=count, default=32, help="pairs or replies per step")
+    a("--batch", type=data.at_least(1, high=10 ** 6), default=32, help="pairs or replies per step")
     a("--micro", type=count, default=4, help="of these at a time in memory")
     a("--lr", type=some(rate), default=[2e-4], help="a list: the best by validation is reported")
     a("--full-lr", type=some(rate), help="the same for full, which moves every weight (--lr)")
     a("--warmup", type=data.at_least(0), default=20, help="steps of linear warm-up, then linear decay to 0")
     a("--clip", type=rate, default=1.0, help="gradient norm")
     a("--beta", type=rate, default=.1, help="dpo, rloo: pull to the reference")
-    a("--samples", type=data.at_least(2), default=4, help="rloo: replies drawn per prompt")
+    a("--samples", type=data.at_least(2, high=1000), default=4, help="rloo: replies drawn per prompt")
     a("--sft-steps", type=data.at_least(0), default=0, help="first steps by sft: rloo reinforces draws")
     a("--max-new", type=count, default=64, help="rloo and --test: tokens per reply")
     a("--replay", type=rate, default=0., help="weight of a KL to the base on --text")
@@ -100,7 +99,7 @@ def parser():
     a("--dtype", choices=model_gemma.DTYPES, help="base weights (bfloat16 on a GPU, float32 on a CPU)")
     a("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
     a = ap.add_argument_group("--sae fit").add_argument
-    a("--fit-width", type=count, default=4096, help="features")
+    a("--fit-width", type=data.at_least(1, high=2 ** 20), default=4096, help="features")
     a("--fit-active", type=count, default=48, help="features per token")
     a("--fit-tokens", type=count, default=180_000)
     a("--fit-steps", type=count, default=800)
@@ -110,6 +109,7 @@ def settings(argv=None):
     """The command line, settled; method, lr and seed stay lists."""
     typed = sys.argv[1:] if argv is None else argv
     s = parser().parse_args(typed)
+    need(s.model or not s.dry_run, "--dry-run needs --model")
     s.tiny = s.model in (None, "tiny")
     if s.tiny:
         s = parser().parse_args([*TINY, *([] if s.model else LISTS), *typed])
@@ -119,6 +119,21 @@ def settings(argv=None):
     fine = "full" not in s.method or s.dtype == "float32"
     need(fine, "--method full takes steps that bfloat16 rounds away: add --dtype float32")
     return s
+
+def refuse_unread(s):
+    """UserError for an option in the command line that no run of these settings reads."""
+    of = lambda names: (set(s.method) & set(names), "--method " + " or ".join(names))
+    runs = len(s.method) * len(s.seed) * max(len(s.lr), len(s.full_lr or []))
+    parser().refuse_unread(
+        (*of(sails.METHODS), "layers norm_aware freeze_basis sides"), (*of(["full"]), "full_lr"),
+        (*of(sails.READS_SAE), "sae width k tau center subspace drop"), (*of(["sails"]), "score"),
+        (*of(sails.READS_DATA), "contrast contrast_data contrast_pairs"), (*of(["raw-pca"]), "standardise"),
+        (*of(METHODS[:-1]), "r alpha targets"), (s.contrast == "prompts", "--contrast prompts", "last"),
+        (s.sae == "fit", "--sae fit", "fit_width fit_active fit_tokens fit_steps"),
+        (s.sae != "fit", "published SAEs; use --fit-width", "width"),
+        (s.sae == "fit" or s.replay, "--sae fit or --replay", "text"), (runs > 1, "several runs", "jobs"),
+        (s.objective != "sft", "--objective dpo or rloo", "beta sft_steps"),
+        (s.objective == "rloo", "--objective rloo", "samples"))
 
 # ---- objectives ----
 # Each takes the rows of a micro-batch and of the whole batch: (loss to add up, numbers to log). Divided by
@@ -207,34 +222,40 @@ def align(model, rows, s, loss, folder=None):
     params = lora.trainable(model)
     opt = torch.optim.AdamW([p for _, p in params], lr=s.lr, weight_decay=0.0)
     state = folder / "state.safetensors" if folder else None
-    start = lora.load_state(state, params, opt) if folder and s.resume else 0
+    start = lora.load_state(state, params, opt) if folder else 0
+    need(start <= s.steps, f"{state} has done {start} steps of {s.steps}")
     log = folder / "log.jsonl" if folder and lead() else None
     if log:  # lines of steps that will be taken again are dropped
         data.write_rows(log, [row for _, row in data.read_rows(log, growing=True)][:start])
-    with data.progress(total=s.steps, initial=start, desc="align", disable=None if log else True) as bar:
+    bar = data.progress(total=s.steps, initial=start, desc="align", disable=None if log else True)
+    with bar, data.patience() as came:
         for step in range(start, s.steps):
             began = time.perf_counter()
             row = dict(step=step, lr=lr_at(step, s))
             opt.param_groups[0]["lr"] = row["lr"]
             picked = data.batch_at(len(rows), s.batch, s.seed, step)
-            row |= backward(model, [dict(rows[i], at=at) for at, i in enumerate(picked)], s, loss, step)
+            batch = [dict(rows[i], at=at) for at, i in enumerate(picked)]
+            row |= backward(model, batch, s, loss, step, bool(came))
             row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_([p for _, p in params], s.clip))
             finite = math.isfinite(row["loss"] + row["grad_norm"])
             need(finite, f"step {step}: the loss or its gradient is not finite; lower --lr (now {s.lr:g})")
             opt.step()
             opt.zero_grad(set_to_none=True)
+            stop = row.pop("stop") > 0
             if log:
                 row["tokens_per_s"] = round(row["tokens"] / (time.perf_counter() - began))
                 data.append_rows(log, [row])
                 bar.set_postfix(refresh=False, loss=f"{row['loss']:.3f}", tokens_per_s=row["tokens_per_s"])
                 bar.update()
-                if (step + 1) % s.save_every == 0 or step + 1 == s.steps:
+                if stop or (step + 1) % s.save_every == 0 or step + 1 == s.steps:
                     lora.save_state(state, params, opt, step + 1)
+            if stop:
+                break
 
-def backward(model, batch, s, loss, step):
-    """Add up a step's gradients over micro-batches and machines; what to log."""
+def backward(model, batch, s, loss, step, stop=False):
+    """Add up a step's gradients over micro-batches and machines; what to log, whether to stop."""
     rank, machines = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine, logged = batch[rank::machines], {"loss": 0.0}
+    mine, logged = batch[rank::machines], {"loss": 0.0, "stop": float(stop)}
     for at in range(0, len(mine), s.micro):
         value, more = loss(mine[at:at + s.micro], batch, step)
         value.backward()
@@ -248,20 +269,6 @@ def backward(model, batch, s, loss, step):
         dist.all_reduce(sums)
         logged = dict(zip(logged, sums.tolist()))
     return logged | {"tokens": sum(sum(r["chosen_tokens"][1]) for r in batch)}
-
-def lead():
-    """True in the process that prints and writes: the only one, or rank 0."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-def together():
-    """Wait for all processes."""
-    if dist.is_initialized():
-        dist.barrier()
-
-def say(*lines):
-    """Print lines, once for all processes."""
-    if lead():
-        print(*lines, sep="\n", flush=True)
 
 # ---- one run ----
 def run(s):
@@ -278,6 +285,8 @@ def run(s):
         try:
             if s.method != "base":
                 start(s, model, sets, folder)
+                for _, p in lora.trainable(model) if dist.is_initialized() else ():
+                    dist.broadcast(p.data, 0)  # all begin as rank 0 does
                 count = sum(p.numel() for _, p in lora.trainable(model))
                 say(f"training {count:,} parameters: {s.objective}, {s.steps} steps of {s.batch}, lr {s.lr}")
                 reference = base_reference(model) if s.objective != "sft" or s.replay > 0 else None
@@ -311,11 +320,15 @@ def choose_sources(s):
     need(s.data or s.dry_run or not Path(s.model).exists(), f"give --data FILE (or --data {HH}, on the hub)")
     repo, width, layers = known or (None, "16k", sorted({config.n_layers * q // 4 for q in (1, 2, 3)}))
     s.sae, s.width, s.layers, s.data = s.sae or repo, s.width or width, s.layers or layers, s.data or HH
+    s.sae = s.sae if reads else None
     s.width = str(s.fit_width) if s.sae == "fit" else s.width
     shown = ",".join(map(str, s.layers))
     inside = all(0 <= i < config.n_layers for i in s.layers)
     need(inside, f"--layers {shown}: the model has layers 0..{config.n_layers - 1}")
-    tok = None if s.dry_run else data.load_tokenizer(s.model)
+    need(s.r <= config.d_model, f"--r {s.r}: the model's residual stream has {config.d_model} dimensions")
+    for i in s.layers if reads and s.sae != "fit" and not s.dry_run else ():
+        sae_module.sae_file(s.sae, i, s.width)  # before anything is downloaded
+    tok = None if s.dry_run else data.load_tokenizer(s.model, config.vocab_size)
     s.template = s.template or data.default_template(s.model, tok)
     saes = f"; SAEs: {s.sae}, width {s.width}, layers {shown}" if reads else ""
     say(f"{s.model}: template {s.template}, {s.dtype} on {s.device}; data: {s.data}{saes}")
@@ -336,33 +349,30 @@ def dry_run(s, config):
 
 @contextlib.contextmanager
 def open_folder(s):
-    """Lend the run's folder with run.json in it; an existing run continues only with --resume.
-    One refused before its first checkpoint leaves no run.json: the next try is not asked to resume it."""
-    path, folder = Path(s.out) / "run.json", Path(s.out)
-    begun, left_out = path.exists(), ("resume", "dry_run", "out", "shared", "jobs", "device", "tiny")
-    own = {k: v for k, v in vars(s).items() if k not in left_out} | dict(sources=sources(s))
-    together()  # all have looked before one writes
-    need(s.resume or not begun, f"{folder} holds a run: add --resume to continue it, or choose another --out")
-    if lead() or begun:
-        data.same_settings(path, own)
-    s.resume = begun
-    together()
-    try:
+    """Lend the run's own folder with run.json in it; a run that is there goes on with --resume."""
+    folder, own = Path(s.out), noted(s)
+    with data.owned(folder, "run.json") if lead() else contextlib.nullcontext(True) as begun:
+        if lead():
+            need(s.resume or not begun, f"{folder} holds a run: add --resume, or choose another --out")
+            data.same_settings(folder / "run.json", own)
+        together()
+        if not lead():  # another machine may hold other files
+            data.same_settings(folder / "run.json", own)
         yield folder
-    except UserError:
-        if lead() and not begun and not (folder / "state.safetensors").exists():
-            path.unlink()
-            with contextlib.suppress(OSError):  # other files are there
-                folder.rmdir()
-        raise
+
+def noted(s):
+    """The settings that make a run what it is, for run.json."""
+    left_out = ("resume", "dry_run", "out", "shared", "jobs", "device", "tiny", "stop")
+    return {k: v for k, v in vars(s).items() if k not in left_out} | dict(sources=sources(s))
 
 def sources(s):
     """Download all that the run will read; {what: commit sha, or hash of local files}."""
     out = dict(model=data.fingerprint(s.model, ["*.json", *model_gemma.weight_files(s.model)[1]]))
     out["data"] = data.fingerprint(s.data, list(data.data_files(s.data)[1].values()), "dataset")
     if s.method in sails.READS_SAE and s.sae != "fit":
-        out["sae"] = [data.fingerprint(s.sae, [sae_module.fetch_sae(s.sae, i, s.width)[1]]) for i in s.layers]
-    return out
+        out["sae"] = [data.fingerprint(s.sae, [sae_module.sae_file(s.sae, i, s.width)]) for i in s.layers]
+    more = [x for x in (*(s.test or []), s.text, s.contrast_data) if x]
+    return out | {x: data.fingerprint(x, data.listing(x, "dataset"), "dataset") for x in more}
 
 def load_sets(s):
     """All that runs read, encoded once; parts that --data lacks are split off by prompt."""
@@ -417,8 +427,12 @@ def subspace(s, model, sets, folder):
     """Stages 1 and 2: {SAE layer: V (D, r_s)}, kept in the run's folder for --resume."""
     path = folder / "subspace.safetensors"
     if path.exists():
-        with safe_open(path, "pt") as f:
-            return {int(k[2:]): f.get_tensor(k) for k in f.keys() if k.startswith("V.")}
+        V, D = dict(model_gemma.read_tensors(path)), model.config.d_model
+        bases = {i: V.get(f"V.{i}", torch.empty(0)) for i in s.layers}
+        for i, x in bases.items():
+            good = x.dim() == 2 and len(x) == D and x.dtype == torch.float32
+            need(good, f"{path}: V.{i} is missing or not fp32 ({D}, r_s)")
+        return bases
     saes, pairs, stats = dict.fromkeys(s.layers), [], {i: dict(D=model.config.d_model) for i in s.layers}
     reads = "model data shared sae width layers contrast contrast_data contrast_pairs last"
     key = [vars(s)[k] for k in reads.split()]
@@ -468,7 +482,7 @@ def load_saes(s, model, sets):
         sae_module.check_fit(sae, model, i)
         x = sae_module.collect_residuals(model, texts, [i], 1000)[i]
         q = sae_module.sae_quality(sae, x.to(s.device))
-        warning = "   warning: it explains next to nothing; whose is it?" if q["fve"] < .1 else ""
+        warning = "" if q["fve"] >= .1 else "   warning: it explains next to nothing; whose is it?"
         say(f"layer {i}: {sae.name}, FVE {q['fve']:.2f} (standardised {q['fve_standardised']:.2f}), "
             f"L0 {q['l0']:.0f}{warning}")
     return saes
@@ -521,7 +535,7 @@ def measure(s, model, sets, folder):
     out = {name: x["value"] for name, x in out.items()}
     return out | dict(validation=judged.pop("validation", {}) | dict(NLL=nll), sets=judged)
 
-# ---- table ----
+# ---- several runs ----
 def combinations(s, folder):
     """The settings of every run, seed x method x rate, a folder each; a seed's base is first."""
     out = []
@@ -541,72 +555,39 @@ def each(jobs, runs):
     if jobs == 1:
         yield from map(quiet_run, runs)
     else:
-        with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-            yield from pool.map(quiet_run, runs)
+        with ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker) as pool:
+            try:
+                yield from pool.map(quiet_run, runs)
+            except BrokenProcessPool:
+                raise UserError("a run's process was killed; out of memory? Try a lower --jobs") from None
+            except KeyboardInterrupt:
+                for worker in active_children():  # each saves what it has
+                    worker.terminate()
+                raise
+
+def begin_worker():
+    """Set a process up for runs of one thread each."""
+    torch.set_num_threads(1)
+    data.on_signals(lambda number, frame: os._exit(1))
+    data.follow_parent()
 
 def quiet_run(s):
     """run() without its words, which stand in the files it leaves."""
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
-        run(s)
-
-def headline(r):
-    """One run's columns: rates on its first set of prompts, else likelihood of held-out pairs."""
-    rates = next(iter(r["sets"].values()), {})
-    keys = ("safety rate", "over-refusal", "help", "balance", "knowledge") if rates else (
-        evaluation.NLL, "prefers chosen, whole reply", "prefers chosen, per token")
-    return {k: x for k in keys if (x := {**r, **rates}.get(k)) is not None}
-
-def mean(x):
-    """The mean of an interval, or a number as it is."""
-    return x[0] if isinstance(x, (list, tuple)) else x
-
-def best_rates(results):
-    """{method: best rate}: by mean validation balance, if there is one, then validation NLL."""
-    ranks = defaultdict(lambda: defaultdict(list))
-    for r in results:
-        ranks[r["method"]][r["lr"]].append((r["validation"].get("balance") or 0.0, -r["validation"]["NLL"]))
-    return {m: max(rates, key=lambda lr: tuple(np.mean(rates[lr], 0).round(9))) for m, rates in ranks.items()}
-
-def table(results):
-    """Markdown lines: a row a method at its best rate, the rule, and a conclusion."""
-    best, seeds, rows = best_rates(results), len({r["seed"] for r in results}), {}
-    for m, lr in best.items():
-        mine = [r for r in results if (r["method"], r["lr"]) == (m, lr)]  # one a seed
-        over = lambda c: data.t_interval([mean(headline(r)[c]) for r in mine])
-        row = headline(mine[0]) if seeds == 1 else {c: over(c) for c in headline(mine[0])}
-        name = "base" if m == "base" else f"{m}, lr {lr:g}"
-        rows[name] = row | dict(parameters=mine[0].get("parameters"))
-    base, chosen_by = rows.pop("base") if len(best) > 2 else {}, "balance" in results[0]["validation"]
-    lines = evaluation.markdown(f"scored on: {next(iter(results[0]['sets']), 'held-out pairs')}", rows)
-    if len(results) > 2 * seeds:
-        rule = "balance on validation prompts, then validation NLL" if chosen_by else "validation NLL"
-        spread = f"± is a 95 % t-interval over {seeds} seeds" if seeds > 1 else "[ ]: 95 % over prompts"
-        lines += ["", f"{spread}. Rate: the best mean {rule}."]
-    if base:
-        values = [f"{c} {mean(x):.3f}" for c, x in base.items() if x is not None]
-        lines.append("Before alignment: " + ", ".join(values))
-    if "sails" in best and len(best) > 2 and seeds > 1:
-        lowest = {m: min(r["lr"] for r in results if r["method"] == m) for m in best}
-        lines += [conclusion(results, "Tuned", best), conclusion(results, "At the lowest rate", lowest)]
-    return lines
-
-def conclusion(results, title, rates):
-    """One sentence: SAILS against each method at these rates, paired by seed, 95 % intervals."""
-    measure, sign = ("balance", 1) if "balance" in headline(results[0]) else (evaluation.NLL, -1)
-    values = {m: np.array([mean(headline(r)[measure]) for r in results if (r["method"], r["lr"]) == (m, lr)])
-              for m, lr in rates.items() if m != "base"}
-    words = {"is ahead of": [], "cannot be told from": [], "is behind": []}
-    for m in [m for m in values if m != "sails"]:
-        gap, half = data.t_interval(sign * (values["sails"] - values[m]))
-        word = "is ahead of" if gap > half else "is behind" if gap < -half else "cannot be told from"
-        words[word].append(m)
-    means = ", ".join(f"{m} {v.mean():.3f}" for m, v in values.items())
-    verdict = ", ".join(f"{word} {', '.join(ms)}" for word, ms in words.items() if ms)
-    return f"{title}, {measure}: {means}. SAILS {verdict}."
+        try:
+            run(s)
+        except KeyboardInterrupt:
+            if parent_process():
+                os._exit(1)  # not the next run
+            raise
 
 def report(folder, runs):
     """Write and print the table of runs, read from their folders."""
-    lines = table([data.read_json(Path(r.out) / "results.json") for r in runs])
+    paths = [Path(r.out) / "results.json" for r in runs]
+    kinds = dict(method=str, lr=float, seed=int, validation=dict, sets=dict)
+    results = [data.read_json(path, **kinds) for path in paths]
+    with data.expecting(f"damaged results.json below {folder}", KeyError, TypeError, AttributeError):
+        lines = evaluation.table(results)
     data.write_text(folder / "table.md", "\n".join(lines) + "\n")
     chosen = [Path(r.out) / "features.json" for r in runs if r.method == "sails"]
     if chosen and len(runs) > 2:  # a single run has printed them
@@ -616,7 +597,9 @@ def report(folder, runs):
 
 def main():
     s = settings()
+    refuse_unread(s)
     if "RANK" in os.environ and not s.dry_run:  # torchrun
+        data.follow_parent()
         dist.init_process_group("nccl" if s.device.startswith("cuda") else "gloo")
         s.device = f"cuda:{os.environ['LOCAL_RANK']}" if s.device.startswith("cuda") else s.device
         s.jobs = 1  # the ranks share every run
@@ -633,16 +616,23 @@ def main():
     folder = Path(s.out or (f"runs/{name}-{s.method[0]}-{s.seed[0]}" if one else f"runs/{name}"))
     runs = combinations(s, folder)
     if one:
-        runs[1].out, runs[1].resume = str(folder), s.resume
         for r in reversed(runs):  # the base last: a refused run leaves nothing behind
+            r.shared, r.out = str(folder), str(folder / "base" if r.method == "base" else folder)
+            r.resume = s.resume or r.method == "base"
             run(r)
-    else:
-        with data.progress(total=len(runs), desc="runs", disable=None if lead() else True) as bar:
-            for first in (True, False):  # the bases measure and fit what other runs share
-                for _ in each(s.jobs, [r for r in runs if (r.method == "base") == first]):
-                    bar.update()
-    if lead():
-        report(folder, runs)
+        return lead() and report(folder, runs)
+    with data.owned(folder, "runs.json") if lead() else contextlib.nullcontext():
+        if lead():
+            data.write_json(folder / "runs.json", dict(runs=[r.out for r in runs]))
+        for r in runs:  # all that is there belongs together, before anything is added to it
+            if (Path(r.out) / "run.json").exists():
+                data.same_settings(Path(r.out) / "run.json", noted(r))
+        bar = data.progress(total=len(runs), desc="runs", disable=None if lead() else True)
+        for first in (True, False):  # the bases measure and fit what other runs share
+            for _ in each(s.jobs, [r for r in runs if (r.method == "base") == first]):
+                bar.update()
+        if lead():
+            report(folder, runs)
 
 if __name__ == "__main__":
     data.run_main(main)

@@ -30,6 +30,7 @@ def read_choices(path):
         if isinstance(answer, str):
             answer = LETTERS.find(answer) if len(answer) == 1 else -1
         good = isinstance(question, str) and isinstance(choices, list) and 2 <= len(choices) <= len(LETTERS)
+        good = good and all(isinstance(c, str) for c in choices)
         good = good and type(answer) is int and 0 <= answer < len(choices)
         wanted = f"a question, 2 to {len(LETTERS)} choices, the right letter or index"
         need(good, f"{path}: row {n}: wanted {wanted}")

@@ -16,7 +16,8 @@ def read_run(folder):
     """({id: response}, {judge: {id: verdict}} of the judges that have judged every response)."""
     files = [Path(folder) / f"{name}.jsonl" for name in ("responses", "verdicts")]
     data.need(all(f.exists() for f in files), f"{folder} lacks responses.jsonl or verdicts.jsonl: not a run")
-    rows, verdicts = ([row for _, row in data.read_rows(f)] for f in files)
+    kinds = ev.RESPONSES, ev.VERDICTS
+    rows, verdicts = ([row for _, row in data.read_rows(f, **kind)] for f, kind in zip(files, kinds))
     ids, judges = [r["id"] for r in rows], {}
     for v in verdicts:
         judges.setdefault(v["judge"], {})[v["id"]] = v

@@ -147,7 +147,8 @@ def main():
     model, tok, notes = evaluation.load(args, args.model, args.adapter)
     template = args.template or data.default_template(args.model, tok)
     how = {k: getattr(args, k) for k in ("target", "steps", "width", "length", "seed")}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    begun = args.out.with_suffix(".json").exists()
+    need(begun or not args.out.exists(), f"{args.out} is there and no attack's file; choose another --out")
     data.same_settings(args.out.with_suffix(".json"), notes | how | dict(template=template))
     attack(model, tok, prompts, args.out, template, **how)
 

@@ -74,7 +74,7 @@ def runs_of(args, folder, method, rates, seeds, options=""):
     text = ["--text", args.text] if args.text else []
     argv = ["--model", args.model, "--data", args.out / "data", *text, *SETTINGS.split(), *args.more,
             *(word.format(out=args.out) for word in options.split()), "--lr", listed(rates), "--seed",
-            listed(seeds), "--method", "lora" if method == "base" else method]
+            listed(seeds), "--method", "sails" if method == "base" else method]
     runs = [r for r in study.combine(argv, args.out / folder) if r.method == method]
     for r in runs:
         r.shared = str(args.out / "base")
@@ -219,7 +219,7 @@ def csv_rows(stages, base):
         for (seed, lr), r in runs.items():
             found, said = data.read_json(Path(r.out) / "results.json"), spoken(r) if "final" in stage else {}
             row = dict(stage=stage, label=label, rate=lr, seed=seed, validation=validation(r, base))
-            row |= {k: train.mean(x) for k, x in found.items() if k.startswith(("NLL", "prefers"))}
+            row |= {k: evaluation.mean(x) for k, x in found.items() if k.startswith(("NLL", "prefers"))}
             yield row | {f"refused {x}": said[x]["refused"] if said else "" for x in ("harmful", "benign")}
 
 def report(args, base, facts, stages):

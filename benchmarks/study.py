@@ -17,6 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
+import eval as evaluation
 import train
 from benchmarks.theory import COLOURS, _path, _text
 
@@ -77,7 +78,7 @@ def pick(found, how):
     for base in dict.fromkeys(b for b, _, _ in found):
         mine = {key: r for key, r in found.items() if key[0] == base}
         grid = sorted({lr for _, _, lr in mine})
-        [tuned] = train.best_rates(mine.values()).values()
+        [tuned] = evaluation.best_rates(mine.values()).values()
         lr = tuned if how == "tuned" else grid[how]
         out |= {(base, seed): r for (_, seed, rate), r in mine.items() if rate == lr}
     return out

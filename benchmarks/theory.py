@@ -12,18 +12,202 @@ import math
 import sys
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import sails
-from sails import (LIMIT, PCA, RANK, TRAINED, TRUE, basis, difference_moment, projector_distance, sae_bound,
-                   sae_estimate, stream, superposition, superposition_pairs, top_eigenspace, truncation_floor)
+from sae import train_sae
+from sails import (basis, direct_floor, projector_distance, sae_bound, selection_probability, top_eigenspace,
+                   top_features, truncation_floor)
 
+# ---- the model ----
+def superposition(seed, d=64, m=128, r=6, coherence=0., nuisances=3, strength=0., tilt=.01):
+    """Draw a dictionary and two distributions over its features (Elhage et al. 2022), float64:
+    W (m, d)      unit rows d_i, of mean cosine about `coherence`
+    safety (r,)   S: every second feature is on more often in aligned states, as a refusal is, the others in
+                  unaligned ones, as harm is
+    nuisance      features of an unrelated concept, common and `strength` times as large as others, that fire
+                  2 * tilt more often in unaligned states: entangled with harm, no part of it
+    p, mean, var  (2, m), aligned first: an activation is uniform on [0, top_i] with probability p_i, else 0,
+                  all independent; delta (m,) is mean[0] - mean[1]
+    gamma         smallest |delta| on S minus the largest off S: the gap that selection lives on"""
+    if not (1 <= r <= d and r + nuisances <= m and 0 <= coherence < 1 and 0 <= tilt <= .3):
+        raise ValueError(f"no such model: {d=} {m=} {r=} {nuisances=} {coherence=} {tilt=}")
+    gen = stream(seed, 1)
+    z = F.normalize(torch.randn(m + 1, d, generator=gen, dtype=torch.float64), dim=-1)
+    w = SimpleNamespace(W=F.normalize((1 - coherence) ** .5 * z[:m] + coherence ** .5 * z[m], dim=-1))
+    order = torch.randperm(m, generator=gen)
+    w.safety, w.nuisance, others = order[:r], order[r:r + nuisances], order[r:]
+    w.p = torch.full((2, m), .03, dtype=torch.float64)  # with S, 5 of 128 features are on at a time
+    w.p[torch.arange(r) % 2, w.safety] = torch.linspace(.25, .65, r, dtype=torch.float64)
+    w.p[:, w.nuisance] = torch.tensor([[.3 - tilt], [.3 + tilt]], dtype=torch.float64)
+    w.top = torch.ones(m, dtype=torch.float64).index_fill(0, w.nuisance, strength)
+    w.mean = w.p * w.top / 2
+    w.var = w.p * w.top ** 2 / 3 - w.mean ** 2
+    w.delta = w.mean[0] - w.mean[1]
+    w.gamma = float(w.delta[w.safety].abs().min()) - max(w.delta[others].abs().tolist(), default=0.)
+    return w
+
+def stream(*key):
+    """A generator seeded by a tuple. One plain seed would make errors repeat what they perturb."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+def superposition_pairs(world, n, seed, shared=0., noise=0.):
+    """Draw n pairs: activations (2, n, m) and hidden states (2, n, d), index 0 aligned.
+    shared: the probability that a feature with equal rates has one activation in both states of a pair; 1 is
+    the perfect pair, which differs in S and the nuisance only. noise: standard deviation added to h."""
+    gen = stream(seed, 2)
+    rand = lambda: torch.rand(n, len(world.top), generator=gen, dtype=torch.float64)
+    # one draw does for both: u < p happens with probability p, and given that, u / p is uniform
+    a = torch.stack([torch.where(u < p, u / p, 0) * world.top for u, p in zip((rand(), rand()), world.p)])
+    a[1] = torch.where((rand() < shared) & (world.p[0] == world.p[1]), a[0], a[1])
+    h = a @ world.W
+    return a, h + noise * torch.randn(h.shape, generator=gen, dtype=torch.float64)
+
+def difference_moment(world, shared=0., noise=0.):
+    """E[d d^T] (D, D), d a pair's difference of h: the matrix that PCA of pairs converges to."""
+    var, u = world.var.sum(0) * (1 - shared * (world.p[0] == world.p[1])), world.delta @ world.W  # (m,), (D,)
+    noises = 2 * noise ** 2 * torch.eye(len(u), dtype=torch.float64)
+    return (world.W.T * var) @ world.W + torch.outer(u, u) + noises
+
+# ---- the check of `python sails.py`: cells[table, row, column] holds a number per seed ----
+SEEDS, RANK = range(10, 15), 6  # the trained SAE's settings were chosen on seeds 0-2
+EPS, STRENGTHS, PAIRS = (.01, .03, .1, .3, 1.), (0., .5, 1., 4., 16.), 10000
+BOUNDS = {"sae": "eps-close rows: e <= sqrt(2r) eps / sigma", "trained": "the same, a trained SAE's own eps",
+          "selection": "selection fails: p <= 2m exp(-n gamma^2/4B^2)",
+          "direct": "one direction: e >= sqrt(r-1)", "truncation": "r_s directions: e >= sqrt|r-r_s|"}
+FLOORS = ("direct", "truncation")  # the error is above these, below the others
+TITLES = {"eps": "SAE side: error against eps, the distance of the chosen decoder rows from the truth",
+          "strength": "Error against entanglement: an unrelated concept, this much as strong, tilted to harm"}
+PCA, LIMIT, PERFECT = "PCA of differences", "  its limit, ever more pairs", "  its limit, perfect pairs"
+TRUE, TRAINED, NUISANCE = "true rows, top r", "SAE trained on them", "nuisance |Delta| / least on S"
+
+def measure_eps(seed, cells, checks):
+    """Check claim 1 on rows planted eps off, at random and all one way; claim 4 on true rows."""
+    world, gen = superposition(seed), stream(seed, 5)
+    rows = world.W[world.safety]
+    plants = {"errors in random directions": random_rows, "errors all one way out": one_way_rows}
+    for eps in EPS:
+        bound = sae_bound(eps, RANK, _sigma(rows))
+        for name, plant in plants.items():
+            e = projector_distance(basis(plant(rows, eps, gen), range(RANK)), rows.T)
+            cells["eps", name, eps].append(e)
+            checks["sae"].append((e, bound))
+        cells["eps", "bound sqrt(2r) eps / sigma", eps].append(bound)
+        V = basis(rows, range(RANK), 1 - eps / 2)
+        checks["truncation"].append((projector_distance(V, rows.T), truncation_floor(RANK, V.shape[1])))
+
+def random_rows(rows, eps, gen):
+    """Rows (r, D), each moved exactly eps in a random direction."""
+    return rows + eps * F.normalize(torch.randn(rows.shape, generator=gen, dtype=torch.float64), dim=1)
+
+def one_way_rows(rows, eps, gen):
+    """Rows (r, D) moved eps along one line out of their span: the worst case of claim 1."""
+    U, _, Vt = torch.linalg.svd(rows, full_matrices=False)
+    w = torch.randn(rows.shape[1], generator=gen, dtype=torch.float64)
+    return rows + eps * U[:, -1:].sign() * F.normalize(w - Vt.T @ (Vt @ w), dim=0)
+
+def measure_entanglement(seed, cells, checks):
+    """Measure every estimator on the same pairs, over the strength of an entangled concept."""
+    for strength in STRENGTHS:
+        world = superposition(seed, strength=strength)
+        (a, h), target = superposition_pairs(world, PAIRS, seed), world.W[world.safety].T  # target (D, r)
+        d = h[0] - h[1]
+        V, eps, _ = trained_estimate(world, h, seed)
+        found = {"mean difference": d.mean(0)[:, None], PCA: top_eigenspace(d.T @ d / len(d), RANK),
+                 LIMIT: top_eigenspace(difference_moment(world), RANK),
+                 PERFECT: top_eigenspace(difference_moment(world, 1.), RANK),
+                 TRUE: sae_estimate(a, world.W, RANK)[0], TRAINED: V}
+        errors = {name: projector_distance(U, target) for name, U in found.items()}
+        checks["direct"].append((errors["mean difference"], direct_floor(RANK)))
+        checks["trained"].append((errors[TRAINED], sae_bound(eps, RANK, _sigma(target))))
+        ratio = float(world.delta[world.nuisance].abs().max() / world.delta[world.safety].abs().min())
+        for name, value in (errors | {NUISANCE: ratio}).items():
+            cells["strength", name, strength].append(value)
+
+def sae_estimate(codes, W_dec, r):
+    """SAILS: codes (2, n, N) and decoder rows (N, D) -> basis (D, r), chosen features (r,)."""
+    features = top_features(*codes.mean(1), r)
+    return basis(W_dec, features), features
+
+def trained_estimate(world, h, seed, steps=400):
+    """SAILS with an SAE trained on h: basis (D, r), eps of its chosen rows, of its best rows.
+    eps is how far the worst d_i of S is from the nearest row; where the two differ selection failed. The SAE
+    is given the number of features, and about how many fire at a time."""
+    sae = train_sae(h.flatten(0, 1).float(), len(world.W), 6, steps, batch=128, lr=1e-2, seed=seed)
+    W_dec, target = sae.W_dec.double(), world.W[world.safety]
+    V, features = sae_estimate(sae.encode(h).double(), W_dec, len(target))
+    away = (target[:, None] - W_dec).norm(dim=-1)  # (r, N)
+    return V, float(away[:, features].min(1).values.max()), float(away.min(1).values.max())
+
+def measure_selection(checks, trials=4000):
+    """Claim 2 where activations are coins, 0 or 1, the widest spread there is."""
+    gen = stream(0, 7)
+    cases = (1, 2, 150, .2), (1, 2, 400, .2), (2, 8, 300, .2), (3, 40, 80, .5), (3, 200, 2000, .15)
+    for r, m, n, gamma in cases:
+        p = torch.full((trials, 2, m), .5, dtype=torch.float64)
+        p[:, :, :r] += torch.tensor([[gamma / 2], [-gamma / 2]])
+        mu = torch.binomial(torch.full_like(p, n), p, generator=gen) / n  # (trials, 2, m)
+        wrong = sum(set(top_features(*row, r).tolist()) != set(range(r)) for row in mu)
+        checks["selection"].append((wrong / trials, 1 - selection_probability(n, gamma, 1, m)))
+
+def _sigma(A):
+    return float(torch.linalg.svdvals(A)[-1])
+
+def print_table(cells, table):
+    """Print one table: mean and half-width of the 95 % interval over seeds."""
+    rows, cols = (list(dict.fromkeys(key[i] for key in cells if key[0] == table)) for i in (1, 2))
+    print(f"\n{TITLES[table]}\n{table:32s}" + "".join(f"{c:>8g}       " for c in cols).rstrip())
+    for row in rows:
+        pairs = (data.t_interval(cells[table, row, c]) for c in cols)
+        shown = (f"{mean:8.3f}" + (f" ±{half:.3f}" if half >= 5e-4 else " " * 7) for mean, half in pairs)
+        print((f"{row:32s}" + "".join(shown)).rstrip())
+
+def plain_words(cells):
+    """Print what the entanglement table says, in sentences that only report its means."""
+    print(f"\nIn plain words ({len(SEEDS)} worlds, {PAIRS} pairs, ±: 95 % t-interval)")
+    for s in STRENGTHS:
+        at = lambda row: f"{np.mean(cells['strength', row, s]):.2f}"
+        print(f"- Entanglement of strength {s:g}. Raw PCA: {at(PCA)}, its limit {at(LIMIT)}, perfect pairs "
+              f"{at(PERFECT)};")
+        print(f"  trained SAE: {at(TRAINED)}; true rows: {at(TRUE)}; one vector: {direct_floor(RANK):.2f}.")
+    print(f"  There |Delta| of the unrelated concept is {at(NUISANCE)} times the least on S: above 1 the")
+    print("  assumption fails, and selection with it, for an SAE as for the true dictionary.")
+
+def verdicts(checks):
+    """Print a verdict per bound with its worst ratio; True if all hold, up to rounding of 1e-9."""
+    print(f"\n{'verdict':59s}{'measured':>10s}{'bound':>10s}{'ratio':>8s}  worst of")
+    good = True
+    for key, name in BOUNDS.items():
+        sign = -1 if key in FLOORS else 1
+        holds = all(sign * (e - b) <= 1e-9 * (1 + b) for e, b in checks[key])
+        e, b = max((c for c in checks[key] if c[1] > 0), key=lambda c: sign * c[0] / c[1])
+        word = "holds" if holds else "VIOLATED"
+        print(f"{name:49s}{word:10s}{e:10.3g}{b:10.3g}{e / b:8.3f}  {len(checks[key])} cases")
+        good = good and holds
+    return good
+
+def check():
+    """Measure and print the two tables and a verdict a bound; 0 if all hold, else 1."""
+    torch.set_num_threads(1)  # tiny steps: a second thread only waits
+    cells, checks = defaultdict(list), defaultdict(list)
+    for seed in data.progress(SEEDS, desc="worlds"):
+        measure_eps(seed, cells, checks)
+        measure_entanglement(seed, cells, checks)
+    measure_selection(checks)
+    for table in TITLES:
+        print_table(cells, table)
+    plain_words(cells)
+    return 0 if verdicts(checks) else 1
+
+# ---- further tables
 SIZES, TAUS = (100, 1000, 10000, 30000), (1., .9, .8, .6, .4)
-TITLES = {"pairs": "Error against the number of pairs, no entanglement; all estimators see the same pairs",
+FURTHER = {"pairs": "Error against the number of pairs, no entanglement; all estimators see the same pairs",
           "faulty": "Error against faults of the SAE, so many safety features dead, split or absorbed",
           "tau": "Error against tau, true rows and fewer directions than r"}
 MEAN, POOLED, NEURONS, RANDOM = "mean difference", "PCA of pooled states", "neurons, top r", "random basis"
@@ -75,7 +259,7 @@ def measure_pairs(seed, cells, checks):
     sigma = torch.linalg.svdvals(target)[-1].item()
     for n in SIZES:
         a, h = superposition_pairs(world, n, seed)
-        raw, (V, eps, best) = raw_estimates(h, RANK, seed), sails.trained_estimate(world, h, seed)
+        raw, (V, eps, best) = raw_estimates(h, RANK, seed), trained_estimate(world, h, seed)
         found = {MEAN: raw[MEAN], PCA: raw[PCA], LIMIT: limit, **raw, TRUE: sae_estimate(a, world.W, RANK)[0]}
         rows = {name: projector_distance(U, target) for name, U in found.items()}
         rows |= {TRAINED: projector_distance(V, target), "  eps of its best rows": best,
@@ -88,9 +272,9 @@ def measure_pairs(seed, cells, checks):
 
 def measure_further(seed, cells):
     """Further rows of sails.py's table over the strength of an entangled concept, on the same pairs."""
-    for strength in sails.STRENGTHS:
+    for strength in STRENGTHS:
         world = superposition(seed, strength=strength)
-        (_, h), target = superposition_pairs(world, sails.PAIRS, seed), world.W[world.safety].T
+        (_, h), target = superposition_pairs(world, PAIRS, seed), world.W[world.safety].T
         raw, limit = raw_estimates(h, RANK, seed), top_eigenspace(difference_moment(world), RANK)
         further = {POOLED: raw[POOLED], "  its limit": top_eigenspace(pooled_covariance(world), RANK)}
         for name, U in (further | {NEURONS: raw[NEURONS], RANDOM: raw[RANDOM]}).items():
@@ -100,7 +284,7 @@ def measure_further(seed, cells):
 def measure_faults(seed, cells):
     """An SAE that knows the truth but for so many dead, split or absorbed safety features."""
     world = superposition(seed)
-    a, _ = superposition_pairs(world, sails.PAIRS, seed)
+    a, _ = superposition_pairs(world, PAIRS, seed)
     for fault in ("dead", "split", "absorbed"):
         for count in range(4):
             W_dec, codes = planted_sae(world, seed=seed, **{fault: count})
@@ -126,7 +310,7 @@ def measure_draws(draws, checks):
         D, r, coherence = pick(8, 16, 48), pick(1, 2, 3, 5, 8), pick(0., .5, .99, .9999)
         world = superposition(seed, D, pick(D, 2 * D, 4 * D), r, coherence, nuisances=0)
         rows, eps = world.W[world.safety], pick(1e-6, 1e-3, .03, .3, 3.)
-        for plant in (sails.random_rows, sails.one_way_rows)[:1 + (r < D)]:            # r = D has no way out
+        for plant in (random_rows, one_way_rows)[:1 + (r < D)]:            # r = D has no way out
             e = projector_distance(basis(plant(rows, eps, gen), range(r)), rows.T)
             checks["sae"].append((e, sae_bound(eps, r, torch.linalg.svdvals(rows)[-1].item())))
         _, h = superposition_pairs(world, pick(10, 100, 1000), seed, noise=pick(0., .1))
@@ -149,7 +333,7 @@ def figure(cells):
            '<rect width="1200" height="700" rx="14" fill="white"/>']
     for j, table in enumerate(PANELS):
         out += _panel(cells, table, 70 + 390 * (j % 3), 50 + 330 * (j // 3))
-    out += [_text(850, 400, f"Means of {len(sails.SEEDS)} worlds, 95 % t-intervals", "start"), "</svg>\n"]
+    out += [_text(850, 400, f"Means of {len(SEEDS)} worlds, 95 % t-intervals", "start"), "</svg>\n"]
     return "\n".join(out)
 
 def _panel(cells, table, left, top):
@@ -192,19 +376,19 @@ def main():
     args = ap.parse_args()
     torch.set_num_threads(1)
     cells, checks = defaultdict(list), defaultdict(list)
-    for seed in data.progress(sails.SEEDS, desc="worlds"):
-        for measure in (sails.measure_eps, sails.measure_entanglement, measure_pairs, measure_tau):
+    for seed in data.progress(SEEDS, desc="worlds"):
+        for measure in (measure_eps, measure_entanglement, measure_pairs, measure_tau):
             measure(seed, cells, checks)
         measure_further(seed, cells)
         measure_faults(seed, cells)
     measure_draws(200, checks)
-    sails.measure_selection(checks)
-    sails.TITLES.update(TITLES)                        # print_table looks there
+    measure_selection(checks)
+    TITLES.update(FURTHER)                             # print_table looks there
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        for table in sails.TITLES:
-            sails.print_table(cells, table)
-        sails.plain_words(cells)
-        good = sails.verdicts(checks)
+        for table in TITLES:
+            print_table(cells, table)
+        plain_words(cells)
+        good = verdicts(checks)
     print(printed.getvalue(), end="")
     if args.out:
         data.write_text(args.out / "theory.txt", printed.getvalue())

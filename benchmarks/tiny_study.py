@@ -162,8 +162,8 @@ def base_table(args, runs):
 # ---- the report ----
 def flat(r):
     """results.json with the columns beside its other keys; nan where no reply could be judged."""
-    found = train.headline(r) | {"look-alike balance": r["sets"]["lookalike"]["balance"]}
-    return r | {c: float("nan") if found.get(c) is None else train.mean(found[c]) for c in COLUMNS}
+    found = evaluation.headline(r) | {"look-alike balance": r["sets"]["lookalike"]["balance"]}
+    return r | {c: float("nan") if found.get(c) is None else evaluation.mean(found[c]) for c in COLUMNS}
 
 def table(variants, how):
     """A row a variant at one rate a base: every measure, the gap to its reference, its rates."""

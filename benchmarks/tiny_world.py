@@ -148,29 +148,34 @@ def pretrain_tiny(texts, shares, vocab_size, seed, steps=400, batch=64, lr=4e-3)
 
 def make_world(folder, world_seed=0, seeds=(0,), layers=(2,)):
     """A tiny world on disk, as if it came from the hub: model, tokenizer, SAEs and a data folder a seed."""
-    folder, world, done = Path(folder), tiny_world(world_seed), Path(folder) / "world.json"
-    if not done.exists():
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # matrices this small: a second thread only waits
-        texts, shares = world_text(world)
-        model = pretrain_tiny(texts, shares, world.tok.get_vocab_size(), world_seed)
-        rows = [texts[i] for i in np.random.default_rng(world_seed).choice(len(texts), 4000, p=shares)]
-        quality = {}
-        for i, x in sae_module.collect_residuals(model, rows, layers, 30_000, 64).items():
-            sae = sae_module.train_sae(x, 256, 8, 1000, 512, 2e-3, world_seed)
-            quality[i] = sae_module.sae_quality(sae, x)
-            sae_module.save_sae(sae, folder / "sae", i, quality[i]["l0"])
-        torch.set_num_threads(threads)
-        model_gemma.save_gemma(model, folder)
+    folder, world = Path(folder), tiny_world(world_seed)
+    with data.owned(folder, "tokenizer.json"):
         world.tok.save(str(folder / "tokenizer.json"))
-        count = sum(p.numel() for p in model.parameters())
-        data.write_json(done, dict(seed=world_seed, sae=quality, parameters=count))
-    for seed in seeds:
-        if not (folder / f"data-{seed}" / "text.txt").exists():
-            write_split(world, folder / f"data-{seed}", seed)
-    made = data.read_json(done)
+        if not (folder / "world.json").exists():
+            write_model(world, folder, world_seed, layers)
+        for seed in seeds:
+            if not (folder / f"data-{seed}" / "text.txt").exists():
+                write_split(world, folder / f"data-{seed}", seed)
+    made = data.read_json(folder / "world.json", sae=dict, parameters=int)
     q = made["sae"][str(layers[-1])]
     print(f"{folder}: a made-up language about 192 things in 12 topics, half of each topic's harmful.")
     print(f"A Gemma of {made['parameters']:,} parameters, pre-trained on it, answers everything. Its SAE of")
     print(f"256 features explains {q['fve']:.0%} of the variance with {q['l0']:.1f} features a word.")
     print("It is aligned on 64 requests in 4 topics and scored on the 8 others.")
+
+def write_model(world, folder, world_seed, layers):
+    """The pre-trained model and its SAEs; world.json comes last, when all is there."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # matrices this small: a second thread only waits
+    texts, shares = world_text(world)
+    model = pretrain_tiny(texts, shares, world.tok.get_vocab_size(), world_seed)
+    rows = [texts[i] for i in np.random.default_rng(world_seed).choice(len(texts), 4000, p=shares)]
+    quality = {}
+    for i, x in sae_module.collect_residuals(model, rows, layers, 30_000, 64).items():
+        sae = sae_module.train_sae(x, 256, 8, 1000, 512, 2e-3, world_seed)
+        quality[i] = sae_module.sae_quality(sae, x)
+        sae_module.save_sae(sae, folder / "sae", i, quality[i]["l0"])
+    torch.set_num_threads(threads)
+    model_gemma.save_gemma(model, folder)
+    count = sum(p.numel() for p in model.parameters())
+    data.write_json(folder / "world.json", dict(seed=world_seed, sae=quality, parameters=count))

@@ -2,6 +2,7 @@
 import contextlib
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import data
 import lora
 import model_gemma
 import sae as sae_module
+import sails
 import train
 from benchmarks import tiny_world
 
@@ -47,14 +49,19 @@ def random_sae(seed=0, D=24, N=40, threshold=.1):
     b_enc, b_dec = .1 * torch.randn(N, generator=gen), .1 * torch.randn(D, generator=gen)
     return sae_module.JumpReLUSAE(W.T.clone(), W, b_enc, b_dec, torch.full((N,), threshold))
 
-QUICK = ("--layers 0,1 --width 40 --k 6 --tau 1 --rank 4 --steps 4 --batch 8 --micro 3 --warmup 2 --lr 1e-2 "
-         "--contrast-pairs 16 --max-new 6 --device cpu")
+QUICK = "--steps 4 --batch 8 --micro 3 --warmup 2 --lr 1e-2 --max-new 6 --device cpu"
+READ_BY = {sails.METHODS: "--layers 0,1", sails.READS_DATA: "--contrast-pairs 16",
+           sails.READS_SAE: "--sae {sae} --k 6 --tau 1 --width 40", train.METHODS[:-1]: "--rank 4"}
 FIT = "--sae fit --fit-width 32 --fit-active 4 --fit-tokens 400 --fit-steps 20 --k 4"
 
-def command(home, out, more="", paths="model sae data"):
-    """train.py's arguments for a quick run on the folders of `home`; of two values the last counts."""
-    places = " ".join(f"--{key} {vars(home)[key]}" for key in paths.split())
-    return f"{places} --out {out} {QUICK} {more}".split()
+def command(home, out, more=""):
+    """train.py's arguments for a quick run on `home`: those that its methods read; a last value counts."""
+    methods = re.findall(r"--method (\S+)", more) or ["sails"]
+    read = [x for readers, x in READ_BY.items() if set(methods[-1].split(",")) & set(readers)]
+    read = " ".join(read).format(sae=home.sae)
+    if "--sae fit" in more:
+        read = read.replace("--width 40", "")
+    return f"--model {home.model} --data {home.data} --out {out} {QUICK} {read} {more}".split()
 
 def go(args, main=train.main):
     """Run a script's main in this process as if in one of its own: (exit code, stdout, stderr)."""

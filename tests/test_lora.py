@@ -69,7 +69,7 @@ def test_a_basis_too_narrow_is_filled_with_an_orthonormal_complement_by_its_own_
     assert torch.equal(filled[0], filled[1]) and not torch.allclose(filled[0], filled[2], atol=.1)
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(data.UserError, match="24"):
-        lora.fit_to_rank(V, 25, torch.Generator())
+        attached(random_gemma(), r=25)
 
 @pytest.mark.parametrize("targets, r, layers", [
     (("q", "x"), 4, None), ((), 4, None), (("q",), 0, None), (("q",), 4, [2]), (("q",), 4, [-1])])
@@ -196,13 +196,14 @@ def test_peft_loads_the_folder_and_gives_the_same_logits(tmp_path, targets, laye
     torch.testing.assert_close(want, theirs, atol=1e-4, rtol=0)
 
 @pytest.mark.parametrize("config, tensors, says", [
-    *((dict([item]), {}, "plain LoRA") for item in dict(
+    *((dict([item]), {}, f"plain LoRA.*{item[0]}|{item[0]} is ") for item in dict(
         use_dora=True, peft_type="IA3", modules_to_save=["lm_head"], bias="all", lora_alpha=None,
         alpha_pattern=dict(q_proj=1)).items()),
-    (dict(r=8), {}, "another model"), ({}, {A_DOWN: None}, "another model"),
-    ({}, {A_DOWN.replace("down", "q"): torch.zeros(4, 24)}, "another model"),
-    ({}, {A_DOWN.replace("layers.0.mlp.down_proj", "embed_tokens"): torch.zeros(4, 24)}, "those of a LoRA"),
-    ({}, {A_DOWN.replace("layers.0", "layers.7"): torch.zeros(4, 40)}, "layers 0..1")])
+    (dict(r=8), {}, "not of rank 8"), ({}, {A_DOWN: None}, "lacks .*down_proj.lora_A"),
+    ({}, {A_DOWN.replace("down", "q"): torch.zeros(4, 24)}, "lacks .*q_proj.lora_B"),
+    *(({}, {A_DOWN.replace(*name): torch.zeros(4, 24), A_DOWN.replace(*name).replace("_A", "_B"): torch.zeros(24, 4)},
+       says) for name, says in ((("layers.0.mlp.down_proj", "embed_tokens"), "those of a LoRA"),
+                                (("down", "q"), "another model"), (("layers.0", "layers.7"), "layers 0..1")))])
 def test_a_foreign_adapter_is_refused_and_leaves_the_model_plain(tmp_path, model, config, tensors, says):
     saved(tmp_path)
     with pytest.raises(data.UserError, match=says):

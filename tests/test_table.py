@@ -81,14 +81,14 @@ OPTIONS = {  # what differs: options, each after the ones that it needs
     "start end trained": "--targets q,o",
     "end": """--alpha 3; --lr 3e-3; --steps 3; --batch 5; --warmup 0; --clip 1e9; --seed 1; --objective dpo
         --objective dpo : --beta 3; --objective dpo : --sft-steps 4; --objective rloo : --samples 2
-        --objective rloo : --beta 3; --text TEXT : --replay .5; --text TEXT --replay .5 : --replay 2
+        --objective rloo : --beta 3; --text TEXT --replay .5; --text TEXT --replay .5 : --replay 2
         --text TEXT --replay .5 : --text TEXT2; --method full : --full-lr 1e-3
         --method full : --objective rloo""",
     "end trained": "--freeze-basis",
     "end replies": "--objective rloo : --max-new 3",
     "replies": "--test TEST; --max-new 3",
     "memory": "--checkpointing",
-    "": "--micro 8; --save-every 2; --text TEXT"}
+    "": "--micro 8; --save-every 2"}
 
 @pytest.fixture(scope="module")
 def made(home, tmp_path_factory):
@@ -146,7 +146,7 @@ def result(method, lr, seed, balance=.5, chosen=.5, nll=1.):
 def test_a_rate_is_picked_by_mean_validation_balance_then_nll(one, other, better):
     rates = (.001, one), (.01, other)
     rows = [result("sails", lr, seed, *x) for lr, seeds in rates for seed, x in enumerate(seeds)]
-    assert train.best_rates(rows) == dict(sails=rates[better][0])
+    assert evaluation.best_rates(rows) == dict(sails=rates[better][0])
 
 def by_hand():
     """Three seeds, two rates, of which .01 is the better by validation."""
@@ -160,7 +160,7 @@ def by_hand():
 def test_a_table_over_seeds_and_its_conclusions_are_those_worked_out_by_hand():
     # Student's t for 3 seeds is 4.303: a mean of .7, deviation .1, has +- 4.303 * .1 / sqrt(3) = .248.
     # Differences to lora .04 .1 .16: +- .149, to random .08 .1 .12: +- .050
-    lines = train.table(by_hand())
+    lines = evaluation.table(by_hand())
     assert lines[0].startswith("| scored on: unseen | safety rate | help | balance | parameters |")
     assert lines[2] == "| sails, lr 0.01 | 0.500 ± 0.248 | 0.250 ± 0.000 | 0.700 ± 0.248 | 9 |"
     assert [line.split(",")[0] for line in lines[2:6]] == ["| sails", "| lora", "| random", "| full"]
@@ -177,13 +177,13 @@ def test_without_labelled_prompts_the_lower_nll_picks_and_wins():
     for r in rows:
         r["sets"] = {}
         del r["validation"]["balance"]
-    lines = train.table(rows)
+    lines = evaluation.table(rows)
     assert lines[2] == "| sails, lr 0.01 | 9.300 ± 0.248 | 9 |"
     assert "Rate: the best mean validation NLL." in lines[7]
     assert lines[9].endswith("SAILS is ahead of random, cannot be told from lora, is behind full.")
 
 def test_a_table_of_one_seed_shows_intervals_over_prompts_and_concludes_nothing():
-    lines = train.table([r for r in by_hand() if r["seed"] == 0])
+    lines = evaluation.table([r for r in by_hand() if r["seed"] == 0])
     assert lines[2] == "| sails, lr 0.01 | 0.400 [0.000, 1.000] | 0.250 [0.000, 1.000] | 0.600 | 9 |"
     assert lines[7].startswith("[ ]: 95 % over prompts. Rate: ") and len(lines) == 9
 

@@ -11,13 +11,13 @@ from conftest import TOP
 
 sys.path.insert(0, str(TOP / "benchmarks"))
 import sails
-import theory
+from benchmarks import theory
 
 pytestmark = pytest.mark.filterwarnings("error")
 f64 = torch.float64
 
 def randn(*shape, seed=0):
-    return torch.randn(shape, generator=sails.stream(seed, 99), dtype=f64)
+    return torch.randn(shape, generator=theory.stream(seed, 99), dtype=f64)
 
 def error(U, V):
     """|P_U - P_V| from the definition: a mistake in projector_distance cannot hide itself."""
@@ -32,13 +32,13 @@ def target(world):
 
 def draw(seed):
     """A world of random size, every fifth with r = 1, every third of nearly dependent rows; eps; pairs."""
-    gen = sails.stream(seed, 98)
+    gen = theory.stream(seed, 98)
     pick = lambda *options: options[int(torch.randint(len(options), (), generator=gen))]
     d, r = pick(6, 12, 40), 1 if seed % 5 == 0 else pick(2, 3, 4, 6)
     coherence = .9999 if seed % 3 == 0 else pick(0., .5, .9)
     size, nuisances, strength = pick(d + 4, 2 * d, 5 * d), pick(0, 3), pick(0., 1., 5.)
-    world = sails.superposition(seed, d, size, r, coherence, nuisances, strength)
-    pairs = sails.superposition_pairs(world, pick(20, 200, 1500), seed, pick(0., .5, 1.), pick(0., .05, .3))
+    world = theory.superposition(seed, d, size, r, coherence, nuisances, strength)
+    pairs = theory.superposition_pairs(world, pick(20, 200, 1500), seed, pick(0., .5, 1.), pick(0., .05, .3))
     return world, pick(1e-9, 1e-4, .01, .1, .5, 1., 10.), pairs
 
 def test_bounds_and_floors_hold_on_300_random_draws_at_any_sample_size():
@@ -48,7 +48,7 @@ def test_bounds_and_floors_hold_on_300_random_draws_at_any_sample_size():
         W_dec, codes = theory.planted_sae(world, eps, seed=seed)
         assert torch.allclose((W_dec - world.W).norm(dim=1), torch.tensor(eps, dtype=f64), rtol=1e-6)
         S, r = target(world), len(world.safety)
-        _, features = sails.sae_estimate(codes(a), W_dec, r)
+        _, features = theory.sae_estimate(codes(a), W_dec, r)
         chosen_right += set(features.tolist()) == set(world.safety.tolist())
         V = sails.basis(W_dec, world.safety)           # the bound's premise: the right features, whatever n
         e, bound = error(V, S), sails.sae_bound(eps, r, sigma(S))
@@ -73,7 +73,7 @@ def test_sae_bound_is_reached_by_nearly_dependent_rows_that_all_err_one_way(r, s
     low = torch.linalg.cholesky(torch.eye(r, dtype=f64) * (1 - c) + c)
     signs = torch.tensor([1, -1] * r, dtype=f64)[:r, None]         # half of the rows turned round
     rows, bound = signs * torch.nn.functional.pad(low, (0, 2)), sails.sae_bound(1e-3 * s, r, s)
-    found = sails.one_way_rows(rows, 1e-3 * s, sails.stream(0))
+    found = theory.one_way_rows(rows, 1e-3 * s, theory.stream(0))
     assert sigma(rows) == pytest.approx(s)
     assert .99 * bound < error(found.T, rows.T) <= bound * (1 + 1e-6)
 
@@ -88,30 +88,30 @@ def test_bounds_have_the_values_of_their_formulas(f, args, value):
 
 def test_selection_fails_no_more_often_than_its_bound_and_more_often_than_without_the_four():
     checks = dict(selection=[])
-    sails.measure_selection(checks, trials=1500)
+    theory.measure_selection(checks, trials=1500)
     assert all(rate <= bound for rate, bound in checks["selection"])
     assert 4 * math.exp(-6) < 1.3 * checks["selection"][0][0]      # r = 1 of m = 2 coins at n gamma^2 = 6
 
 @pytest.mark.parametrize("shared, noise, strength", [(.7, .2, .5), (1., 0., 3.)])
 def test_closed_form_moments_are_those_of_the_samples_and_raw_pca_tends_to_its_limit(shared, noise, strength):
-    world, n, size = sails.superposition(4, 10, 20, 3, strength=strength, tilt=.2), 200000, 1 + strength
-    a, h = sails.superposition_pairs(world, n, 4, shared, noise)
+    world, n, size = theory.superposition(4, 10, 20, 3, strength=strength, tilt=.2), 200000, 1 + strength
+    a, h = theory.superposition_pairs(world, n, 4, shared, noise)
     d, pooled = h[0] - h[1], h.flatten(0, 1) - h.mean((0, 1))
-    for got, want in ((d.T @ d / n, sails.difference_moment(world, shared, noise)),
+    for got, want in ((d.T @ d / n, theory.difference_moment(world, shared, noise)),
                       (pooled.T @ pooled / (2 * n), theory.pooled_covariance(world, noise))):
         assert float((got - want).norm() / want.norm()) < .01
     assert torch.allclose(a.mean(1), world.mean, atol=.005 * size)
     assert torch.allclose(a.var(1), world.var, atol=.01 * size ** 2)
-    limit = sails.top_eigenspace(sails.difference_moment(world, shared, noise), 3)
-    far, near = (error(theory.raw_estimates(h[:, :k], 3, 0)[sails.PCA], limit) for k in (2000, n))
+    limit = sails.top_eigenspace(theory.difference_moment(world, shared, noise), 3)
+    far, near = (error(theory.raw_estimates(h[:, :k], 3, 0)[theory.PCA], limit) for k in (2000, n))
     assert near < .3 * far                             # 1/10 to first order
 
 @pytest.mark.parametrize("strength, shared, low, high", [(0., 0., .5, .7 * 5 ** .5), (0., 1., 0, 1e-6),
                                                          (4., 0., 2.3, 2.6), (4., 1., 2.3, 2.6)])
 def test_raw_pca_tends_to_the_target_for_perfect_pairs_only_not_when_entangled(strength, shared, low, high):
     for seed in range(10):
-        world = sails.superposition(seed, strength=strength)
-        limit = sails.top_eigenspace(sails.difference_moment(world, shared), 6)
+        world = theory.superposition(seed, strength=strength)
+        limit = sails.top_eigenspace(theory.difference_moment(world, shared), 6)
         assert low <= error(limit, target(world)) < high
         assert world.gamma > .05                       # selection has its gap all the same
         if shared == 0:
@@ -119,9 +119,9 @@ def test_raw_pca_tends_to_the_target_for_perfect_pairs_only_not_when_entangled(s
             assert low <= error(limit, target(world)) < high
 
 def test_superposition_is_what_it_says():
-    world = sails.superposition(1, 20, 50, 5, strength=3., tilt=.1)
-    a, h = sails.superposition_pairs(world, 4000, 1)
-    assert torch.equal(sails.superposition_pairs(world, 4000, 1)[1], h)
+    world = theory.superposition(1, 20, 50, 5, strength=3., tilt=.1)
+    a, h = theory.superposition_pairs(world, 4000, 1)
+    assert torch.equal(theory.superposition_pairs(world, 4000, 1)[1], h)
     assert torch.allclose(world.W.norm(dim=1), torch.ones(50, dtype=f64))
     assert torch.allclose(a @ world.W, h)
     assert torch.equal(a.clamp(torch.zeros(50, dtype=f64), world.top), a)
@@ -130,22 +130,22 @@ def test_superposition_is_what_it_says():
     assert world.delta[world.safety].sign().tolist() == [1, -1, 1, -1, 1]
     assert world.delta[world.nuisance].tolist() == pytest.approx([-.3] * 3)
     assert world.gamma == pytest.approx(.11 - .3)
-    W = sails.superposition(0, 64, 128, coherence=.5).W
+    W = theory.superposition(0, 64, 128, coherence=.5).W
     assert float((W @ W.T - torch.eye(128)).sum() / (128 * 127)) == pytest.approx(.5, abs=.03)
 
 @pytest.mark.parametrize("fault, least", [("dead", [0, 1.2, 1.7, 2.1]), ("split", [0, 1.2, 1.3, 1.7]),
                                           ("absorbed", [0, .8, 1.2, 1.5])])
 def test_error_grows_with_dead_split_and_absorbed_features(fault, least):
-    world = sails.superposition(2)
-    a, _ = sails.superposition_pairs(world, 5000, 2)
+    world = theory.superposition(2)
+    a, _ = theory.superposition_pairs(world, 5000, 2)
     planted = [theory.planted_sae(world, **{fault: count}) for count in range(4)]
-    errors = [error(sails.sae_estimate(codes(a), W_dec, 6)[0], target(world)) for W_dec, codes in planted]
+    errors = [error(theory.sae_estimate(codes(a), W_dec, 6)[0], target(world)) for W_dec, codes in planted]
     assert errors[0] < 1e-9
     assert all(low <= e <= high for low, e, high in zip(least, errors, errors[1:] + [9.]))
 
 def test_split_halves_keep_the_mean_and_absorbed_activity_moves_to_its_host():
-    world = sails.superposition(2)
-    a, _ = sails.superposition_pairs(world, 20000, 2)
+    world = theory.superposition(2)
+    a, _ = theory.superposition_pairs(world, 20000, 2)
     before, weakest, strongest = a.clone(), int(world.safety[0]), int(world.safety[-1])
     codes = theory.planted_sae(world, split=1)[1](a)
     assert torch.allclose(codes[..., strongest] + codes[..., -1], a[..., strongest])
@@ -161,14 +161,14 @@ def test_split_halves_keep_the_mean_and_absorbed_activity_moves_to_its_host():
 @pytest.mark.slow
 def test_an_sae_trained_on_the_samples_is_within_the_bound_of_its_own_eps_over_five_seeds():
     for seed in range(20, 25):
-        world = sails.superposition(seed)
-        _, h = sails.superposition_pairs(world, 2000, seed)
-        V, eps, best = sails.trained_estimate(world, h, seed)
+        world = theory.superposition(seed)
+        _, h = theory.superposition_pairs(world, 2000, seed)
+        V, eps, best = theory.trained_estimate(world, h, seed)
         assert error(V, target(world)) <= min(.35, sails.sae_bound(eps, 6, sigma(target(world))))
         assert eps == best                             # all of S was chosen
-    _, eps, best = sails.trained_estimate(world, h[:, :60], seed)
+    _, eps, best = theory.trained_estimate(world, h[:, :60], seed)
     assert eps > best                                  # too few pairs: other features come up
-    _, _, best = sails.trained_estimate(world, h, seed, steps=1)
+    _, _, best = theory.trained_estimate(world, h, seed, steps=1)
     assert best > .8                                   # it is the training that finds them
 
 @pytest.fixture
@@ -176,11 +176,11 @@ def small(monkeypatch):
     """Both commands on two small samples, SAEs hardly trained: the bounds hold for any SAE."""
     monkeypatch.setattr(sys, "argv", ["sails.py"])
     monkeypatch.setattr(theory, "SIZES", (100, 300))
-    sizes = dict(SEEDS=range(10, 12), PAIRS=300, STRENGTHS=(0., 4.), TITLES=dict(sails.TITLES))
+    sizes = dict(SEEDS=range(10, 12), PAIRS=300, STRENGTHS=(0., 4.), TITLES=dict(theory.TITLES))
     for name, value in sizes.items():
-        monkeypatch.setattr(sails, name, value)
+        monkeypatch.setattr(theory, name, value)
     for name, quick in dict(trained_estimate=dict(steps=5), measure_selection=dict(trials=300)).items():
-        monkeypatch.setattr(sails, name, functools.partial(getattr(sails, name), **quick))
+        monkeypatch.setattr(theory, name, functools.partial(getattr(theory, name), **quick))
 
 @pytest.mark.parametrize("name, wrong", [
     ("sae_bound", lambda eps, r, sigma: r ** .5 * eps / sigma), ("direct_floor", lambda r: r ** .5),
@@ -188,18 +188,18 @@ def small(monkeypatch):
     ("truncation_floor", lambda r, r_s: (r + r_s) ** .5),
     ("trained_estimate", lambda world, h, seed: (world.W[:6].T, 1e-3, 1e-3))])
 def test_a_wrong_bound_is_called_violated_and_the_exit_code_is_one(small, name, wrong, monkeypatch, capsys):
-    monkeypatch.setattr(sails, name, wrong)
+    monkeypatch.setattr(theory, name, wrong)
     assert sails.main() == 1
     assert "VIOLATED" in capsys.readouterr().out
 
 def test_both_commands_hold_and_the_long_one_writes_tables_and_a_figure(small, monkeypatch, tmp_path, capsys):
     assert sails.main() == 0
-    assert capsys.readouterr().out.count(" holds ") == len(sails.BOUNDS)
+    assert capsys.readouterr().out.count(" holds ") == len(theory.BOUNDS)
     monkeypatch.setattr(sys, "argv", ["theory.py", "--out", str(tmp_path / "new")])
     assert theory.main() == 0
     out = capsys.readouterr().out
     assert (tmp_path / "new" / "theory.txt").read_text() == out
-    assert all(title in out for title in sails.TITLES.values())
+    assert all(title in out for title in theory.TITLES.values())
     assert "nan" not in out
     svg = ElementTree.parse(tmp_path / "new" / "theory.svg").getroot()
     lines = [e.get("d") for e in svg.findall("{*}path") if "L" in e.get("d")]
@@ -215,7 +215,7 @@ def test_both_commands_hold_and_the_long_one_writes_tables_and_a_figure(small, m
     (sails.direct_floor, (0,)), (sails.truncation_floor, (3, 0)), (sails.truncation_floor, (0, 3)),
     *((sails.selection_probability, x) for x in (
         (0, .1, 1, 5), (9, 0., 1, 5), (9, .1, float("inf"), 5), (9, .1, 1, 0))),
-    *((sails.superposition, (0, *x)) for x in ((64, 128, 0), (4, 128, 5), (64, 7), (64, 128, 6, 1.)))])
+    *((theory.superposition, (0, *x)) for x in ((64, 128, 0), (4, 128, 5), (64, 7), (64, 128, 6, 1.)))])
 def test_degenerate_arguments_are_clear_value_errors(f, args):
     with pytest.raises(ValueError, match=" = |no such model"):
         f(*args)

@@ -56,11 +56,11 @@ def test_a_run_leaves_its_files_and_nothing_half_written(run):
         "base", "features.json", "features.md", "subspace.safetensors", "adapter_model.safetensors",
         "adapter_config.json", "sails.json", "log.jsonl", "state.safetensors", "table.md"}
 
-def test_a_run_notes_its_settings_and_a_line_a_step_and_prints_its_table(run):
+def test_a_run_notes_its_settings_and_a_line_a_step_and_prints_its_table(run, home):
     noted, rows = data.read_json(run.out / "run.json"), log(run.out)
     assert [noted["settings"][key] for key in ("k", "seed", "lr", "method")] == [6, 0, .01, "sails"]
     assert torch.__version__.startswith(noted["versions"]["torch"])    # less +cpu or +cu130
-    assert [*noted["settings"]["sources"]] == ["model", "data", "sae"]
+    assert [*noted["settings"]["sources"]] == ["model", "data", "sae", home.test]
     assert [(r["step"], r["lr"]) for r in rows] == [*enumerate([.005, .01, .01, .005])]
     drawn = [[run.rows[i] for i in data.batch_at(len(run.rows), 8, 0, step)] for step in range(4)]
     assert [r["tokens"] for r in rows] == [sum(sum(r["chosen_tokens"][1]) for r in batch) for batch in drawn]
@@ -104,8 +104,11 @@ def test_a_run_that_has_nothing_to_learn_ends_with_a_table_all_the_same(home, tm
 
 def test_own_saes_are_fitted_where_they_are_missing(home, tmp_path):
     assert go(command(home, tmp_path / "a", FIT))[0] == 0
-    shutil.copytree(tmp_path / "a/base/sae/layer_0", tmp_path / "b/base/sae/layer_0")  # as a kill leaves it
-    assert go(command(home, tmp_path / "b", FIT))[0] == 0
+    for name in ("run.json", "base/run.json", "sae/layer_0"):  # as a kill leaves it
+        copy = shutil.copytree if name.endswith("0") else shutil.copy
+        (tmp_path / "b" / name).parent.mkdir(parents=True, exist_ok=True)
+        copy(tmp_path / "a" / name, tmp_path / "b" / name)
+    assert go(command(home, tmp_path / "b", FIT + " --resume"))[0] == 0
     assert same_files(tmp_path / "a", tmp_path / "b", "subspace.safetensors", "adapter_model.safetensors")
 
 # ---- kill and resume, several processes ----
@@ -130,11 +133,11 @@ def test_a_run_stopped_between_checkpoints_resumes_exactly(home, tmp_path, monke
     backward, steps, whole, hurt = train.backward, [], tmp_path / "whole", tmp_path / "hurt"
     more += " --steps 6 --save-every 3"
 
-    def stops(model, batch, s, loss, step):
+    def stops(model, batch, s, loss, step, stop):
         steps.append(step)
         if len(steps) == 6:
             raise KeyboardInterrupt
-        return backward(model, batch, s, loss, step)
+        return backward(model, batch, s, loss, step, stop)
     monkeypatch.setattr(train, "judge_reward", parity)
     assert go(command(home, whole, more))[0] == 0
     monkeypatch.setattr(train, "backward", stops)
@@ -182,14 +185,15 @@ def test_a_dry_run_counts_the_9b_under_any_name_and_makes_no_folder(tmp_path):
 
 @pytest.mark.parametrize("method", (*sails.METHODS, "lora"))
 def test_an_sae_is_asked_for_only_where_one_is_read(home, tmp_path, method):
-    code, _, err = go(command(home, tmp_path / "run", f"--method {method}", "model data"))
+    args = command(home, tmp_path / "run", f"--method {method}")
+    code, _, err = go([x for x in args if x not in ("--sae", home.sae)])
     assert (code == 2) == ("give --sae DIR or --sae fit" in err) == (method in ("sails", "random-features"))
 
 FAULTS = """--model {tmp}/nowhere -> no such folder
 --data {tmp}/nowhere -> no such file or folder
 --data {tmp}/one.jsonl -> too few usable examples
 --max-tokens 9 -> 64 longer than 9 tokens
---data {tmp}/plain.jsonl --method lora --objective dpo -> --objective dpo needs rejected in every row
+--method lora --data {tmp}/plain.jsonl --objective dpo -> --objective dpo needs rejected in every row
 --data {tmp}/plain.jsonl --method lora --objective rloo -> --objective rloo needs label in every row
 --data {tmp}/plain.jsonl -> --contrast replies needs rejected replies
 --test {tmp}/plain.jsonl -> --test needs a label
