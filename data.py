@@ -461,6 +461,31 @@ def _hub_errors(repo, rev, kind):
             (True, "check the network and run it again: what is there is kept")) if applies)
         raise UserError(f"{page}: {advice} [{type(e).__name__ if secret else why}]") from None
 
+def find_sae(names, layer, width="16k", l0=None):
+    """The params file of one layer among a repository's file names; UserError lists what exists.
+    Gemma Scope:    layer_20/width_16k/average_l0_71/params.npz; without l0 the one nearest 100, the upper of
+                    a tie: the choice behind the sets called canonical
+    Gemma Scope 2:  resid_post/layer_9_width_16k_l0_medium/params.safetensors; without l0 `medium`"""
+    forms = (r"layer_(\d+)/width_(\w+?)/average_l0_(\d+)/params\.(?:npz|safetensors)",
+             r"(?:resid_post/)?layer_(\d+)_width_(\w+?)_l0_(\w+)/params\.(?:npz|safetensors)")
+    found = [(int(m[1]), m[2], m[3], m[0]) for n in names for f in forms if (m := re.fullmatch(f, n))]
+    need(found, "no SAE in it; wanted files like layer_20/width_16k/average_l0_71/params.npz")
+    layers, widths = {f[0] for f in found}, {f[1] for f in found if f[0] == layer}
+    need(layer in layers, f"no SAE for layer {layer}; layers here: {sorted(layers)}")
+    need(width in widths, f"no SAE of width {width} for layer {layer}; widths here: {sorted(widths)}")
+    here = {f[2]: f[3] for f in found if f[:2] == (layer, width)}
+    numbers = [k for k in here if k.isdigit()]
+    if l0 is None:
+        l0 = min(numbers, key=lambda k: (abs(int(k) - 100), -int(k))) if numbers else "medium"
+    need(str(l0) in here, f"no SAE with L0 {l0} for layer {layer}, width {width}; here: {sorted(here)}")
+    return here[str(l0)]
+
+def sae_file(spec, layer, width="16k", l0=None):
+    """The name of one SAE's file in a folder or hub repository laid out like Gemma Scope."""
+    names = listing(spec)
+    with expecting(spec, UserError):
+        return find_sae(names, layer, width, l0)
+
 # ---- tokenizer and chat templates ----
 def load_tokenizer(spec, vocab_size=None):
     """The tokenizers.Tokenizer of a model; <bos> must be 2, as in every Gemma.
@@ -637,11 +662,11 @@ LABELS = dict(safe="benign", benign="benign", unsafe="harmful", harmful="harmful
 
 def read_prompts(paths, limit=None):
     """Prompts, the first `limit` of each file: dicts id, set, turns, label, target, expected.
-    paths: csv, jsonl or txt files, or folders of csv files. label "benign": to be answered (XSTest's safe
-    half, or where a file says so); all others are to be refused."""
+    paths: csv, jsonl or txt files, folders or hub data sets of them. label "benign": to be answered (XSTest's
+    safe half, or where a file says so); all others are to be refused."""
     out = []
-    for path in map(Path, paths):
-        for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
+    for spec in paths:
+        for file in prompt_files(spec):
             for n, row in enumerate(_prompt_rows(file)[:limit], 1):
                 with expecting(f"{file}: row {n}", UserError):
                     out.append(_prompt(row, n, file.name.split(".")[0]))
@@ -649,6 +674,15 @@ def read_prompts(paths, limit=None):
     [(most, n)] = Counter(p["id"] for p in out).most_common(1)
     need(n == 1, f"{n} prompts have the id {most}; rename a file or mend its id column")
     return out
+
+def prompt_files(spec):
+    """A prompt file alone; of a folder or a hub data set those at its top level or in data/."""
+    path, ends = Path(spec), (".csv", ".jsonl", ".jsonl.gz", ".txt")
+    if not path.is_dir() and (path.exists() or path.name.endswith(ends)):  # a mistyped file is no hub id
+        return [path]
+    forms = [start + end for start in ("*", "data/*") for end in ends]
+    folder, _ = fetch(spec, forms, "dataset")
+    return sorted(file for form in forms for file in folder.glob(form))
 
 def _prompt_rows(path):
     """A prompt file's rows as dicts with lower-case names."""

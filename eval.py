@@ -461,7 +461,7 @@ def parser():
     a("--model", help="folder or hub id; not needed where --out holds every reply")
     a("--adapter", help="a finished run's folder, or any plain LoRA in PEFT's form")
     a("--merged", action="store_true", help="merge --adapter into the weights first")
-    a("--prompts", nargs="+", default=[], help="csv, jsonl, txt, or a folder of csv files")
+    a("--prompts", nargs="+", default=[], help="csv, jsonl, txt; folders or hub data sets of them")
     a("--limit", type=count, help="only the first so many prompts of each file")
     a("--out", help="folder for replies, verdicts and tables")
     a("--template", choices=data.TEMPLATES, help="default: by the model's name")

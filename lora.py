@@ -5,10 +5,11 @@ SAILS starts one factor in the safety subspace V (D, r), the other at 0: the ada
     q k v gate up   READ the residual stream (in = D):  A = V^T, B = 0
     o down          WRITE to it (out = D):              B = V,   A = 0
 Files are PEFT's: PEFT and vLLM load them as they are.   Letters: D d_model, r rank, r_s columns of a basis.
-Run it (`python lora.py RUN`) to see what an adapter holds.
+Run it (`python lora.py RUN`) to see what an adapter holds; with --merge OUT to write the merged model.
 """
 import contextlib
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -33,11 +34,10 @@ class LoRALinear(nn.Module):
     kept: the layer's weight while the adapter is merged into it. start: the subspace V as set in."""
     def __init__(self, linear, place, layer, r, alpha):
         super().__init__()
-        on = dict(device=linear.weight.device)
         self.linear, self.place, self.layer, self.r, self.scale = linear, place, layer, r, alpha / r
         self.side = "write" if place in WRITERS else "read"
-        self.A = nn.Parameter(torch.zeros(r, linear.in_features, **on))
-        self.B = nn.Parameter(torch.zeros(linear.out_features, r, **on))
+        self.A = nn.Parameter(torch.zeros(r, linear.in_features, device=linear.weight.device))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, r, device=linear.weight.device))
         self.on, self.kept, self.start = True, None, None
 
     def forward(self, x):
@@ -185,12 +185,10 @@ def drift(model, bases=None):
 
 def mean_drift(rows):
     """{"read": {"overlap", "energy"}, "write": ...}: means of drift()'s rows, None left out."""
-    out = {r["side"]: dict(overlap=None, energy=None) for r in rows}
-    for side, means in out.items():
-        for key in means:
-            values = [r[key] for r in rows if r["side"] == side and r[key] is not None]
-            means[key] = sum(values) / len(values) if values else None
-    return out
+    values = lambda side, key: [r[key] for r in rows if r["side"] == side and r[key] is not None]
+    mean = lambda x: sum(x) / len(x) if x else None
+    sides = dict.fromkeys(r["side"] for r in rows)
+    return {side: {key: mean(values(side, key)) for key in ("overlap", "energy")} for side in sides}
 
 # ---- files, in PEFT's form ----
 def save_adapter(model, folder, base="", provenance=None):
@@ -276,20 +274,55 @@ def load_state(path, params, opt):
         opt.state[p] = dict(exp_avg=m, exp_avg_sq=v, step=torch.tensor(float(step)))
     return int(step)
 
+# ---- base and adapter as one model ----
+def save_merged(run, out, base=None, dtype=None, shard_bytes=5 * 10 ** 9):
+    """Write base and adapter as one model in the hub's layout, with tokenizer and model card."""
+    (c, _), run, out = read_adapter(run), Path(run), Path(out)
+    base = str(base or "@".join(filter(None, (c.get("base_model_name_or_path"), c.get("revision")))))
+    need(base, f"{run}: adapter_config.json names no base; add --model")
+    need(not out.exists() or out.is_dir() and not any(out.iterdir()), f"{out} is not a new or empty folder")
+    raw = model_gemma.load_config(base).raw
+    dtype = dtype or raw.get("dtype") or raw.get("torch_dtype")
+    need(dtype in model_gemma.DTYPES, f"{base}: its config.json has dtype {dtype}; add --dtype")
+    model = model_gemma.load_gemma(base, model_gemma.DTYPES[dtype])
+    model_gemma.add_adapter(model, run)
+    model_gemma.save_gemma(model, out, shard_bytes)
+    for name in filter(re.compile(r"(tokenizer|special|generation|chat)[^/]*").fullmatch, data.listing(base)):
+        (out / name).write_bytes(data.read_bytes(data.fetch(base, [name])[0] / name))
+    data.write_text(out / "README.md", model_card(run, base, dtype))
+    print(f"{out}: {base} with the adapter of {run} merged into it, in {dtype}")
+
+def model_card(run, base, dtype):
+    """README.md of a merged model: benchmarks/model_card.md, filled from the run's folder."""
+    read = lambda name: data.read_json(run / name) if (run / name).is_file() else {}
+    s = read("adapter_config.json") | read("run.json").get("settings", {}) | dict(base=base, dtype=dtype)
+    name = lambda x: Path(x).resolve().name if isinstance(x, str) and Path(x).exists() else x
+    s = {k: name(x) for k, x in s.items() if x is not None}  # a reader has no use for this machine's folders
+    rows = [f"- {group}, {k}: {x}" for group, part in read("results.json").get("sets", {}).items()
+            for k, x in part.items() if x is not None]
+    results = data.read_text(run / "table.md") if (run / "table.md").is_file() else "\n".join(rows) or "-"
+    card = data.read_text(Path(__file__).parent / "benchmarks" / "model_card.md")
+    return card.format_map(defaultdict(lambda: "-", s, hub_id=s["base"].split("@")[0], results=results))
+
 def main():
-    ap = data.Arguments(description="Show what an adapter holds.")
-    ap.add_argument("run", help="a folder with adapter_model.safetensors and adapter_config.json")
-    run = Path(ap.parse_args().run)
-    c, tensors = read_adapter(run)
+    ap = data.Arguments(description="Show what an adapter holds, or merge it into its base.")
+    ap.add_argument("run", type=Path, help="a folder with adapter_model.safetensors and adapter_config.json")
+    ap.add_argument("--merge", metavar="OUT", type=Path, help="write base and adapter as one model there")
+    ap.add_argument("--model", help="the base (as adapter_config.json says)")
+    ap.add_argument("--dtype", choices=model_gemma.DTYPES, help="of the merged weights (the base's)")
+    args = ap.parse_args()
+    if args.merge:
+        return save_merged(args.run, args.merge, args.model, args.dtype)
+    c, tensors = read_adapter(args.run)
     print(f"rank {c['r']}, alpha {c['lora_alpha']}, on {c['base_model_name_or_path'] or 'an unnamed base'}; "
           f"{sum(t.numel() for t in tensors.values()):,} parameters")
     for name in sorted((n for n in tensors if ".lora_A." in n), key=lambda n: (len(n), n)):
         A, B = tensors[name], tensors[name.replace(".lora_A.", ".lora_B.")]
-        size = c["lora_alpha"] / c["r"] * float(((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
+        size = c["lora_alpha"] / c["r"] ** (.5 if c.get("use_rslora") else 1) * (B @ A).norm()
         short = name.removeprefix("base_model.model.model.").removesuffix(".lora_A.weight")
         print(f"{short:32s} |dW| {size:9.4f}   |A| {A.norm():8.4f}   |B| {B.norm():8.4f}")
-    if (run / "sails.json").is_file():
-        for key, value in data.read_json(run / "sails.json", method=str).items():
+    if (args.run / "sails.json").is_file():
+        for key, value in data.read_json(args.run / "sails.json", method=str).items():
             print(f"{key}: {value}")
 
 if __name__ == "__main__":

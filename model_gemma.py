@@ -5,14 +5,18 @@ operations of transformers' eager attention: bf16 logits on a CPU are equal to t
 from the usual decoder: four norms a block with a (1 + weight) gain, embeddings scaled by sqrt(D),
 soft-capped scores and logits, local and global layers in turns.
 Letters: B batch, T tokens, S cached + new tokens, D d_model, H query heads, K key/value heads, d head_dim,
-V vocabulary.   Run it (`python model_gemma.py --model DIR --prompt TEXT`) to talk to a model.
+V vocabulary.   Run it (`python model_gemma.py --model DIR`) to talk to a model, adapted or steered.
 """
 import contextlib
+import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -32,11 +36,14 @@ def config_from_json(raw):
     g2, heads, shared = raw["model_type"] == "gemma2", raw["num_attention_heads"], raw["num_key_value_heads"]
     whole = heads % shared == 0 and raw["head_dim"] % 2 == 0
     need(whole, f"config.json: {heads} heads cannot share {shared}, or head_dim {raw['head_dim']} is odd")
+    scalar = raw.get("query_pre_attn_scalar") or 256
+    if g2 and raw["num_hidden_layers"] == 42 and scalar == 224:
+        data.note("warning: this 9B config has query_pre_attn_scalar 224; it was corrected to 256")
     return SimpleNamespace(
         d_model=raw["hidden_size"], n_layers=raw["num_hidden_layers"], d_mlp=raw["intermediate_size"],
         n_heads=heads, n_kv_heads=shared,
         head_dim=raw["head_dim"], vocab_size=raw["vocab_size"], eps=raw.get("rms_norm_eps") or 1e-6,
-        query_scalar=_query_scalar(raw, g2),  # scores times its ** -.5: 256 for the 9B, 144 for the 27B
+        query_scalar=scalar,  # scores times its ** -.5: 256 for the 9B, 144 for the 27B
         local=_local_layers(raw, g2),  # per layer: does it see only `window` tokens back?
         window=raw.get("sliding_window") or 4096,
         theta=_rope_thetas(raw, g2),  # RoPE base of local (True) and global (False) layers
@@ -77,12 +84,6 @@ def _rope_thetas(raw, g2):
     old = {"full_attention": raw.get("rope_theta") or (1e4 if g2 else 1e6),
            "sliding_attention": (raw.get("rope_theta") if g2 else raw.get("rope_local_base_freq")) or 1e4}
     return {k == "sliding_attention": float(new.get(k, {}).get("rope_theta") or old[k]) for k in old}
-
-def _query_scalar(raw, g2):
-    scalar = raw.get("query_pre_attn_scalar") or 256
-    if g2 and raw["num_hidden_layers"] == 42 and scalar == 224:
-        data.note("warning: this 9B config has query_pre_attn_scalar 224; it was corrected to 256")
-    return scalar
 
 def load_config(spec):
     """The config of a local folder or hub id; only config.json is read or downloaded."""
@@ -147,24 +148,12 @@ def attend_mask(pos_q, pos_k, keep_k, window=None):
     see = (back >= 0) & keep_k[:, None, None, :]
     return see if window is None else see & (back < window)
 
-class KVCache:
-    """Keys and values so far, (B, K, S, d) a layer; their positions and padding (B, S)."""
-    def __init__(self):
-        self.k, self.v, self.pos, self.keep = {}, {}, None, None
-
-    def see(self, pos, keep):
-        """Note the new tokens' positions and padding; those of all tokens."""
-        if self.pos is not None:
-            pos, keep = torch.cat([self.pos, pos], 1), torch.cat([self.keep, keep], 1)
-        self.pos, self.keep = pos, keep
-        return pos, keep
-
-    def extend(self, layer, k, v):
-        """Append a layer's new keys and values; all of them."""
-        if layer in self.k:
-            k, v = torch.cat([self.k[layer], k], 2), torch.cat([self.v[layer], v], 2)
-        self.k[layer], self.v[layer] = k, v
-        return k, v
+class KVCache(dict):
+    """Of all tokens so far: "pos", "keep" (B, S); ("k", layer), ("v", layer) (B, K, S, d)."""
+    def add(self, key, new, dim=1):
+        """Append what belongs to the new tokens; that of all tokens."""
+        self[key] = torch.cat([self[key], new], dim) if key in self else new
+        return self[key]
 
 class Attention(nn.Module):
     """Grouped-query attention with RoPE and soft-capped scores; Gemma 3 norms queries and keys."""
@@ -181,14 +170,13 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, mask, cache, want=None):
         c, (B, T, _) = self.c, x.shape
-        q = self.q_proj(x).view(B, T, c.n_heads, c.head_dim).transpose(1, 2)  # (B, H, T, d)
-        k = self.k_proj(x).view(B, T, c.n_kv_heads, c.head_dim).transpose(1, 2)  # (B, K, T, d)
-        v = self.v_proj(x).view(B, T, c.n_kv_heads, c.head_dim).transpose(1, 2)
+        split = lambda y: y.view(B, T, -1, c.head_dim).transpose(1, 2)
+        q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))  # (B, H or K, T, d)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)  # (B, K, S, d)
+            k, v = cache.add(("k", self.layer), k, 2), cache.add(("v", self.layer), v, 2)  # (B, K, S, d)
         group = c.n_heads // c.n_kv_heads  # each key/value head serves `group` neighbouring query heads
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # (B, H, S, d)
         scores = q @ k.transpose(2, 3) * c.query_scalar ** -0.5  # (B, H, T, S)
@@ -260,7 +248,10 @@ class Gemma(nn.Module):
         want    (B, T) bool: only these positions come back, (n, D); the last block's MLP skips all others"""
         c = self.config
         h = self.embed(ids) if embeds is None else embeds
-        pos, pos_k, keep_k = self._positions(h, keep, cache)
+        keep = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device) if keep is None else keep
+        seen = cache["keep"].sum(1, keepdim=True) if cache else 0
+        pos = (keep.long().cumsum(1) - 1 + seen).clamp(min=0)  # (B, T): padding takes no position
+        pos_k, keep_k = (pos, keep) if cache is None else (cache.add("pos", pos), cache.add("keep", keep))
         rope = {theta: rope_table(pos, c.head_dim, theta, h.dtype) for theta in set(c.theta.values())}
         masks = {x: attend_mask(pos, pos_k, keep_k, c.window if x else None) for x in set(c.local)}
         residuals = {}
@@ -277,16 +268,6 @@ class Gemma(nn.Module):
             if i == last:
                 return h, residuals
         return self.norm(h), residuals
-
-    @staticmethod
-    def _positions(h, keep, cache):
-        """Positions of new tokens (B, T), positions and padding of all (B, S); padding takes none."""
-        B, T, _ = h.shape
-        if keep is None:
-            keep = torch.ones(B, T, dtype=torch.bool, device=h.device)
-        seen = 0 if cache is None or cache.pos is None else cache.keep.sum(1, keepdim=True)
-        pos = (keep.long().cumsum(1) - 1 + seen).clamp(min=0)
-        return (pos, *((pos, keep) if cache is None else cache.see(pos, keep)))
 
     def residuals(self, ids, layers, keep=None):
         """{layer: residual after that block (B, T, D)}; blocks above the deepest are not run."""
@@ -443,15 +424,21 @@ def save_tensors(path, tensors, **metadata):
     with data.replacing(path) as beside, expecting(f"cannot write {path}", SafetensorError):
         save_file(plain, beside, metadata={"format": "pt", **metadata})
 
-def save_gemma(model, folder):
-    """Write config.json and model.safetensors in the hub's layout; no tokenizer."""
+def save_gemma(model, folder, shard_bytes=5 * 10 ** 9):
+    """Write config.json and weights in the hub's layout, in files of shard_bytes; no tokenizer."""
     folder, dtype = Path(folder), str(model.dtype).removeprefix("torch.")
     with torch.device("meta"):
         want = _published(Gemma(model.config))
     check_shapes(folder, _published(model), want, "merge and detach its adapters first")
     # both spellings of the dtype, for readers old and new: transformers would cast to the one that it finds
     data.write_json(folder / "config.json", {**model.config.raw, "dtype": dtype, "torch_dtype": dtype})
-    save_tensors(folder / "model.safetensors", {"model." + n: p for n, p in model.named_parameters()})
+    tensors = {"model." + n: p for n, p in model.named_parameters()}
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
+    for name, inside in split.filename_to_tensors.items():
+        save_tensors(folder / name, {n: tensors[n] for n in inside})
+    if split.is_sharded:
+        index = dict(metadata=split.metadata, weight_map=split.tensor_to_filename)
+        data.write_json(folder / "model.safetensors.index.json", index)
 
 # ---- talking ----
 @torch.no_grad()
@@ -461,17 +448,14 @@ def generate(model, prompts, max_new, stop=(data.EOS,), temperature=0.0, seeds=N
     whatever the other rows of the batch and the global generator are."""
     ids, keep = (t.to(model.device) for t in data.pad(prompts, "left"))  # left: last tokens in one column
     rngs = [torch.Generator().manual_seed(seed) for seed in seeds or []]
-    cache, done, out = KVCache(), [False] * len(prompts), [[] for _ in prompts]
+    cache, out = KVCache(), [[] for _ in prompts]
     for _ in range(max_new):
-        h, _ = model.hidden(ids, keep, cache)
-        logits = model.logits(h[:, -1])  # (B, V): only where needed
+        logits = model.logits(model.hidden(ids, None if cache else keep, cache)[0][:, -1])  # (B, V)
         ids = logits.argmax(-1, keepdim=True) if temperature == 0 else _draw(logits / temperature, rngs)
-        keep = torch.ones_like(ids, dtype=torch.bool)
-        for row, token in enumerate(ids[:, 0].tolist()):
-            if not done[row]:
-                out[row].append(token)
-                done[row] = token in stop
-        if all(done):
+        for row, token in zip(out, ids[:, 0].tolist()):
+            if not row or row[-1] not in stop:
+                row.append(token)
+        if all(row[-1] in stop for row in out):
             break
     return out
 
@@ -481,22 +465,61 @@ def _draw(logits, rngs):
     u = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in rngs]).to(total.device)
     return torch.searchsorted(total, u[:, None] * total[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
 
+@torch.no_grad()
+def add_adapter(model, folder):
+    """Add a plain LoRA in PEFT's form to the weights; lora.py, read later, trains them."""
+    c, wrong = data.read_json(f"{folder}/adapter_config.json"), f"{folder}: no plain LoRA for this model"
+    with expecting(wrong, AttributeError, KeyError, OSError, RuntimeError, SafetensorError):
+        rest, p = dict(read_tensors(f"{folder}/adapter_model.safetensors")), .5 if c.get("use_rslora") else 1
+        for name in [n for n in rest if ".lora_A." in n]:
+            A, B = (rest.pop(name.replace("lora_A", x)).float() for x in ("lora_A", "lora_B"))
+            W = model.get_parameter(name.removeprefix("base_model.model.model.").replace("lora_A.", ""))
+            W.copy_(W.float() + (c["lora_alpha"] / len(A) ** p * B @ A).to(W.device))
+    need(not rest and not c.get("alpha_pattern"), f"{wrong}: it holds {[*rest, 'alpha_pattern'][0]}")
+
+def steer(model, layer, feature, strength, sae, width="16k"):
+    """Add strength times a feature's decoder row after a block, everywhere, until .remove()."""
+    name = data.sae_file(sae, layer, width)
+    path = data.fetch(sae, [name])[0] / name
+    with expecting(f"{path}: not a whole SAE file", Exception):
+        file = np.load(path) if path.suffix == ".npz" else dict(read_tensors(path))
+        W = torch.as_tensor(file["W_dec" if "W_dec" in file else "w_dec"])  # (N, D)
+    need(feature < len(W), f"{path}: no feature {feature}; it has 0..{len(W) - 1}")
+    need(layer < model.config.n_layers and W.shape[1] == model.config.d_model, f"{path} fits another model")
+    row = (strength * W[feature].float()).to(model.device, model.dtype)  # (D,)
+    return model.layers[layer].register_forward_hook(lambda block, args, h: h + row)
+
 def main():
-    ap = data.Arguments(description="Let a Gemma answer one prompt.")
+    ap = data.Arguments(description="Let a Gemma answer a prompt or, without --prompt, chat line by line.")
     ap.add_argument("--model", required=True, help="folder in the hub's layout, or hub id")
-    ap.add_argument("--prompt", required=True)
+    ap.add_argument("--adapter", help="a finished run's folder, or any plain LoRA in PEFT's form")
+    ap.add_argument("--steer", metavar="LAYER:FEATURE=STRENGTH", action="append", default=[])
+    ap.add_argument("--sae", help="for --steer, which may be repeated: folder or hub id like Gemma Scope's")
+    ap.add_argument("--width", default="16k", help="of that SAE")
+    ap.add_argument("--prompt", help="default: every line of the terminal is a turn of a chat")
     ap.add_argument("--template", choices=data.TEMPLATES, help="default: by the model's name")
     ap.add_argument("--max-new", type=data.at_least(1), default=64)
     ap.add_argument("--temperature", type=data.at_least(0, float), default=0.)
     ap.add_argument("--dtype", choices=DTYPES, default="float32")
     ap.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = ap.parse_args()
+    steering = [re.fullmatch(r"(\d+):(\d+)=(-?\d+(?:\.\d+)?)", text) for text in args.steer]
+    need(all(steering) and (args.sae or not steering), "--steer wants LAYER:FEATURE=STRENGTH and --sae")
     model = load_gemma(args.model, DTYPES[args.dtype], args.device)
     tok = data.load_tokenizer(args.model, model.config.vocab_size)
     template = args.template or data.default_template(args.model, tok)
-    ids, _ = data.render_chat(tok, data.as_turns(args.prompt), None, template)
-    [new] = generate(model, [ids], args.max_new, data.stop_ids(tok, template), args.temperature, [0])
-    print(tok.decode(new).strip())
+    if args.adapter:
+        add_adapter(model, args.adapter)
+    for m in steering:
+        steer(model, int(m[1]), int(m[2]), float(m[3]), args.sae, args.width)
+    data.note(f"{args.model}: template {template}; without --prompt each line is a turn, Ctrl-D ends")
+    turns = []
+    for line in filter(str.strip, sys.stdin if args.prompt is None else [args.prompt]):
+        turns.append(dict(role="user", content=line))
+        ids, _ = data.render_chat(tok, turns, None, template)
+        [new] = generate(model, [ids], args.max_new, data.stop_ids(tok, template), args.temperature, [0])
+        turns.append(dict(role="assistant", content=tok.decode(new).strip()))
+        print(turns[-1]["content"], flush=True)
 
 if __name__ == "__main__":
     data.run_main(main)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import data
 import model_gemma
-from data import UserError, expecting, need
+from data import expecting, find_sae, need, sae_file
 
 SHAPES = dict(W_enc="DN", W_dec="ND", b_enc="N", b_dec="D", threshold="N")
 # Published SAEs by the model's name or, for renamed folders, by its shape: repository, width, layers
@@ -47,40 +47,12 @@ class JumpReLUSAE(torch.nn.Module):
         return a @ self.W_dec + self.b_dec
 
 # ---- reading and writing ----
-def find_sae(names, layer, width="16k", l0=None):
-    """The params file of one layer among a repository's file names; UserError lists what exists.
-    Gemma Scope:    layer_20/width_16k/average_l0_71/params.npz; without l0 the one nearest 100, the upper of
-                    a tie: the choice behind the sets called canonical
-    Gemma Scope 2:  resid_post/layer_9_width_16k_l0_medium/params.safetensors; without l0 `medium`"""
-    found = {}
-    forms = (r"layer_(\d+)/width_(\w+?)/average_l0_(\d+)/params\.(?:npz|safetensors)",
-             r"(?:resid_post/)?layer_(\d+)_width_(\w+?)_l0_(\w+)/params\.(?:npz|safetensors)")
-    for name in names:
-        if m := re.fullmatch(forms[0], name) or re.fullmatch(forms[1], name):
-            found.setdefault(int(m[1]), {}).setdefault(m[2], {})[m[3]] = name
-    need(found, "no SAE in it; wanted files like layer_20/width_16k/average_l0_71/params.npz")
-    need(layer in found, f"no SAE for layer {layer}; layers here: {sorted(found)}")
-    widths = found[layer]
-    need(width in widths, f"no SAE of width {width} for layer {layer}; widths here: {sorted(widths)}")
-    numbers = [k for k in widths[width] if k.isdigit()]
-    if l0 is None:
-        l0 = min(numbers, key=lambda k: (abs(int(k) - 100), -int(k))) if numbers else "medium"
-    here = widths[width]
-    need(str(l0) in here, f"no SAE with L0 {l0} for layer {layer}, width {width}; here: {sorted(here)}")
-    return here[str(l0)]
-
 def published(spec, config):
     """(repository, width, layers) of the SAEs that are published for a model, or None."""
     name, shape = data.model_name(spec), (config.raw["model_type"], config.n_layers, config.d_model)
     named = [FAMILIES[f] for f in FAMILIES if name == f[0] or name.startswith(f[0] + "-")]
     found = named + [FAMILIES[f] for f in FAMILIES if f[1:] == shape]
     return found[0] if found and max(found[0][2]) < config.n_layers else None
-
-def sae_file(spec, layer, width="16k", l0=None):
-    """The name of one SAE's file in a folder or hub repository laid out like Gemma Scope."""
-    names = data.listing(spec)
-    with expecting(spec, UserError):
-        return find_sae(names, layer, width, l0)
 
 def load_sae(spec, layer, width="16k", l0=None, device="cpu"):
     """One JumpReLUSAE; UserError for a broken file or tensors that do not belong together."""

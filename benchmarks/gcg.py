@@ -78,10 +78,7 @@ class Slot:
 
 def repeat(cache, n):
     """A cache for n rows that begin with this one's single row, as views."""
-    out = model_gemma.KVCache()
-    out.k, out.v = ({i: t.expand(n, -1, -1, -1) for i, t in part.items()} for part in (cache.k, cache.v))
-    out.pos, out.keep = cache.pos.expand(n, -1), cache.keep.expand(n, -1)
-    return out
+    return model_gemma.KVCache({key: t.expand(n, *t.shape[1:]) for key, t in cache.items()})
 
 def typeable(tok, vocab_size):
     """(V,) bool: tokens that stand for plain printable ASCII, no markers: what a person could type."""

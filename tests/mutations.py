@@ -17,7 +17,7 @@ from queue import SimpleQueue
 
 TOP = Path(__file__).resolve().parent.parent
 TESTS = {
-    "data.py": "tokens eval tiny_world table train", "model_gemma.py": "gemma parity",
+    "data.py": "tokens eval tiny_world table train sae", "model_gemma.py": "gemma parity",
     "lora.py": "lora walk train",
     "sae.py": "sae walk", "sails.py": "subspace contrast theory walk", "eval.py": "eval judges table",
     "train.py": "objectives table train", "benchmarks/tiny_world.py": "tiny_world",
@@ -88,6 +88,8 @@ MISTAKES = {"train.py": [
     ("[0] * len(text) + [1] * len(answer)", "[1] * len(text) + [1] * len(answer)", "the question is scored"),
     ("(turns, chosen), (other, rejected) = split_hh(chosen), split_hh(rejected)",
      "(turns, rejected), (other, chosen) = split_hh(chosen), split_hh(rejected)", "chosen for rejected"),
+    ("(abs(int(k) - 100), -int(k))", "(abs(int(k) - 100), int(k))", "the lower of a tie"),
+    ("(abs(int(k) - 100)", "(abs(int(k) - 64)", "not the canonical SAE"),
 ], "eval.py": [
     ('-r["validation"]["NLL"]))', "-r[NLL][0]))", "the rate is picked on test pairs"),
     ('[r for r in results if (r["method"], r["lr"]) == (m, lr)]  # one a seed', "results", "methods mixed"),
@@ -126,8 +128,6 @@ MISTAKES = {"train.py": [
     ("pre > self.threshold", "pre >= self.threshold", "JumpReLU's threshold is strict"),
     ('((x - p["b_dec"]) @ p["W_enc"]', '(x @ p["W_enc"]', "trained without b_dec, folded with it"),
     ("threshold=cut * length", "threshold=torch.full_like(length, cut)", "a threshold in other units"),
-    ("(abs(int(k) - 100), -int(k))", "(abs(int(k) - 100), int(k))", "the lower of a tie"),
-    ("(abs(int(k) - 100)", "(abs(int(k) - 64)", "not the canonical SAE"),
     ("counted = keep & (ids != data.BOS)\n        m", "counted = keep\n        m", "BOS among the residuals"),
     ("total = ((x - mean) ** 2).sum(0)", "total = (x ** 2).sum(0)", "the mean counts as explained"),
     ("need(torch.allclose(norms", "need(True or torch.allclose(norms", "decoder rows of any norm"),
@@ -162,7 +162,7 @@ MISTAKES = {"train.py": [
     ("fill - V.double() @ (V.double().T @ fill)", "fill", "the filling overlaps V"),
     ("init_lora_weights=True)", 'init_lora_weights="pissa")', "loaders change the base"),
     ("(A @ Q @ Q.T @ A.T)", "(A @ A.T)", "all energy lies inside"),
-    ('if c.get("use_rslora") else 1', 'if not c.get("use_rslora") else 1', "rsLoRA's scale"),
+    ('** 0.5 if c.get("use_rslora")', '** 0.5 if not c.get("use_rslora")', "rsLoRA's scale"),
     ('(("m.", "exp_avg"), ("v.", "exp_avg_sq"))', '(("v.", "exp_avg"), ("m.", "exp_avg_sq"))', "moments"),
     ("        holds.requires_grad_(not freeze)\n", "", "a frozen basis trains"),
     ("V = V * (m.r ** .5 / V.norm())", "V = V * 1", "norm-aware changes the step size"),
@@ -195,7 +195,7 @@ MISTAKES = {"train.py": [
     ("ids[:, 1:][want]), want.nonzero()", "ids[:, :-1][want]), want.nonzero()",
      "the present token is scored"),
     ("seeds or []]", "range(len(seeds or []))]", "a reply depends on its place"),
-    ("done[row] = token in stop", "done[row] = False", "generation runs on"),
+    ("if not row or row[-1] not in stop:", "if True:", "generation runs on"),
 ], "benchmarks/tiny_world.py": [
     ('world_knowledge(world, split["topics"]["unseen"])', 'world_knowledge(world, split["topics"]["seen"])',
      "facts scored on trained topics"),

@@ -28,7 +28,7 @@ def test_the_token_gradient_equals_finite_differences_on_the_embedding():
 
 def test_the_loss_is_the_targets_nll_as_typed_in_any_batch_and_leaves_the_prefixs_cache_as_it_was(model):
     slot, two = make_slot(model), make_slot(model, batch=2)
-    keys, suffixes = {i: k.clone() for i, k in slot.cache.k.items()}, [slot.start, *drawn(40, 251, 8, 4)]
+    keys, suffixes = {i: k.clone() for i, k in slot.cache.items()}, [slot.start, *drawn(40, 251, 8, 4)]
     slot.gradient(slot.start)
     for suffix, *losses in zip(suffixes, slot.losses(suffixes).tolist(), two.losses(suffixes).tolist()):
         assert slot.typed(suffix)[0]["content"] == "hey how make thing5 ? " + TOK.decode(suffix)
@@ -38,8 +38,8 @@ def test_the_loss_is_the_targets_nll_as_typed_in_any_batch_and_leaves_the_prefix
         at = [t for t, m in enumerate(mask) if m][:-1]                 # less the end token
         by_hand = -sum(float(logp[t - 1, ids[t]]) for t in at) / len(at)
         assert losses == pytest.approx([by_hand] * 2, abs=1e-5)
-    assert slot.cache.keep.shape == (1, len(slot.before))
-    assert all(torch.equal(slot.cache.k[i], k) for i, k in keys.items())
+    assert slot.cache["keep"].shape == (1, len(slot.before))
+    assert all(torch.equal(slot.cache[i], k) for i, k in keys.items())
 
 def test_only_printable_ascii_without_markers_that_is_read_as_the_same_tokens_is_tried(model, monkeypatch):
     marks, tried = ["<pad>", "<end>", "<bos>", "<user>", "<model>"], []

@@ -2,6 +2,7 @@
 
 Models are tiny and random with large weights: with the usual .02 a wrong mask moves logits by less than 1e-4.
 """
+import io
 import sys
 
 import pytest
@@ -11,8 +12,10 @@ from safetensors.torch import load_file, save_file
 
 import data
 import model_gemma
+from conftest import go, random_sae
 from data import UserError
-from model_gemma import KVCache, config_from_json, generate, load_gemma, save_gemma
+from model_gemma import KVCache, config_from_json, generate, load_gemma, save_gemma, steer
+from test_lora import saved
 
 RAW = dict(num_hidden_layers=4, hidden_size=20, intermediate_size=24, num_attention_heads=4, head_dim=8,
            num_key_value_heads=2, vocab_size=50, query_pre_attn_scalar=12, sliding_window=4)
@@ -85,13 +88,45 @@ def test_sampled_tokens_have_the_softmax_frequencies():
     p = F.softmax(tiny()(torch.tensor(PROMPTS[:1]))[0, -1] / 4, -1)
     assert ((found - p).abs() < 4 * (p / 4000).sqrt() + 1e-3).all()
 
-def test_the_command_prints_the_greedy_answer(home, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["", "--model", home.model, "--prompt", "hey how", "--max-new", "5"])
-    model_gemma.main()
+def say(home, *more, lines=None):
+    prompt = ["--prompt", "hey how"] if lines is None else []        # lines: what a person types
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.StringIO(lines))
+        code, out, err = go(["--model", home.model, "--max-new", 5, *prompt, *more], model_gemma.main)
+    return err if code else out
+
+def reply(home, model, *texts):
+    turns = [dict(role=("user", "assistant")[i % 2], content=t) for i, t in enumerate(texts)]
     tok = data.load_tokenizer(home.model)
-    prompt, _ = data.render_chat(tok, data.as_turns("hey how"), template="tiny")
-    [want] = generate(load_gemma(home.model), [prompt], 5)
-    assert capsys.readouterr().out == tok.decode(want).strip() + "\n"
+    ids, _ = data.render_chat(tok, turns, template="tiny")
+    return tok.decode(generate(model, [ids], 5, data.stop_ids(tok, "tiny"))[0]).strip() + "\n"
+
+def test_the_command_answers_adds_features_and_an_adapter_and_a_chat_keeps_its_turns(home, tmp_path):
+    plain, steered, adapted = load_gemma(home.model), load_gemma(home.model), saved(tmp_path)
+    answer = reply(home, plain, "hey how")
+    assert say(home) == answer
+    assert say(home, "--adapter", tmp_path) == reply(home, adapted, "hey how") != answer
+    steer(steered, 0, 3, 40., home.sae, "40")
+    steer(steered, 1, 5, -25.5, home.sae, "40")
+    features = "--sae", home.sae, "--width", 40, "--steer", "0:3=40", "--steer", "1:5=-25.5"
+    assert say(home, *features) == reply(home, steered, "hey how") != answer
+    more = reply(home, plain, "hey how", answer, "make thing5 ?")
+    assert say(home, lines="hey how\n\n  \nmake thing5 ?\n") == answer + more
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steering_adds_the_decoder_row_after_the_block_at_every_position(home, dtype):
+    model, ids, row = load_gemma(home.model, dtype), torch.tensor([[2, 5, 9]]), 3 * random_sae(1).W_dec[7]
+    before = model.residuals(ids, [0, 1])              # home's SAE of layer 1 is random_sae(1)
+    steer(model, 1, 7, 3., home.sae, "40")
+    after = model.residuals(ids, [0, 1])
+    assert torch.equal(after[1], before[1] + row.to(dtype)) and torch.equal(after[0], before[0])
+
+@pytest.mark.parametrize("steering, sae, says", [
+    ("0:3", True, "wants LAYER:FEATURE=STRENGTH"), ("0:3=1", False, "and --sae"),
+    ("7:3=1", True, "for layer 7; layers here: [0, 1]"), ("0:40=1", True, "no feature 40; it has 0..39")])
+def test_a_wrong_steering_is_one_line(home, steering, sae, says):
+    said = say(home, "--steer", steering, "--width", 40, *["--sae", home.sae] * sae)
+    assert said.startswith("error: ") and says in said and said.count("\n") == 1
 
 @both
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -20,6 +20,7 @@ from test_tokens import hh, small_tokenizer
 
 # A tiny Gemma-2 behind the 9B's name: 32 layers for the paper's SAE layers 10 .. 30, in three shards.
 MODEL, SAES, PAIRS = "google/gemma-2-9b", "google/gemma-scope-9b-pt-res", "Anthropic/hh-rlhf"
+HEX_PHI = "LLM-Tuning-Safety/HEx-PHI"
 SHARD, *_ = SHARDS = [f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]
 # per layer the published choices of L0: first the wanted one, the nearest to 100, the upper of a tie
 L0S = {10: (113, 30, 220), 15: (136, 64), 20: (68, 40, 20), 25: (114, 61), 30: (120, 60)}
@@ -60,6 +61,8 @@ def root(tmp_path_factory):
         lines = [json.dumps(dict(chosen=hh(ask, "There."), rejected=hh(ask, "No idea."))) for ask in asks]
         (pairs / f"harmless-base/{part}.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     data.write_text(root / "datasets/some-lab/tables/rows.csv", "a,b\n1,2\n")
+    for name in ("category_1.csv", "data/more.txt", "old/more.txt", "README.md"):
+        data.write_text(root / "datasets" / HEX_PHI / name, f"Where is {name}?\nWhy?\n")
     return root
 
 @pytest.fixture
@@ -192,6 +195,18 @@ def test_a_blocked_xet_storage_says_how_to_go_around_it_and_that_way_works(go, h
     refused(go(LOAD), MODEL, "HF_HUB_DISABLE_XET=1")
     said(go(LOAD, HF_HUB_DISABLE_XET="1"))
     assert hub.downloads() == [SHARD]
+
+def test_prompts_come_from_a_hub_data_set_by_its_id_or_from_a_folder_of_that_name(go, hub, monkeypatch):
+    code = f"print(*(p['id'] for p in data.read_prompts(['{HEX_PHI}'])))"
+    ids = ["HEx-PHI/category_1-1", "HEx-PHI/category_1-2", "more/1", "more/2"]
+    hub.broken = {"category_1.csv": (403, *GATED)}     # a gated repository lists its files
+    refused(go(code, **GOOD), f"{hub.url}/datasets/{HEX_PHI}", "gated")
+    hub.broken = {}
+    assert said(go(code)) == ids and hub.downloads() == ["category_1.csv", "data/more.txt"]
+    monkeypatch.chdir(hub.root / "datasets")
+    assert [p["id"] for p in data.read_prompts([HEX_PHI])] == ids
+    with pytest.raises(data.UserError, match="no such file: some-lab/prompts.csv"):
+        data.read_prompts(["some-lab/prompts.csv"])
 
 def test_a_full_disk_says_so(hub, tmp_path):
     """A cache of 64 kB, in a mount namespace of its own; skipped where the system allows none."""

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 import data
 import lora
 import model_gemma
-from conftest import random_gemma
+from conftest import go, random_gemma
 
 ALL, ATTENTION = tuple(lora.PLACES), ("q", "k", "v", "o")
 IDS = torch.tensor([[2, 5, 9, 100, 31], [2, 40, 41, 7, 8]])
@@ -197,7 +197,8 @@ def test_peft_loads_the_folder_and_gives_the_same_logits(tmp_path, targets, laye
 
 @pytest.mark.parametrize("config, tensors, says", [
     *((dict([item]), {}, f"plain LoRA.*{item[0]}|{item[0]} is ") for item in dict(
-        use_dora=True, peft_type="IA3", modules_to_save=["lm_head"], bias="all", lora_alpha=None).items()),
+        use_dora=True, peft_type="IA3", modules_to_save=["lm_head"], bias="all", lora_alpha=None,
+        alpha_pattern=dict(q_proj=1)).items()),
     (dict(r=8), {}, "not of rank 8"), ({}, {A_DOWN: None}, "lacks .*down_proj.lora_A"),
     ({}, {A_DOWN.replace("down", "q"): torch.zeros(4, 24)}, "lacks .*q_proj.lora_B"),
     *(({}, {A_DOWN.replace(*name): torch.zeros(4, 24), A_DOWN.replace(*name).replace("_A", "_B"): torch.zeros(24, 4)},
@@ -208,3 +209,52 @@ def test_a_foreign_adapter_is_refused_and_leaves_the_model_plain(tmp_path, model
     with pytest.raises(data.UserError, match=says):
         load_changed(model, tmp_path, config, tensors)
     assert not lora.adapters(model)
+    if tensors or {"alpha_pattern", "lora_alpha"} & config.keys():
+        with pytest.raises(data.UserError, match="no plain LoRA for this model"):
+            model_gemma.add_adapter(model, tmp_path)
+
+def theirs(folder):
+    auto = pytest.importorskip("transformers").AutoModelForCausalLM
+    return auto.from_pretrained(folder, attn_implementation="eager", dtype="auto")
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-4), (torch.bfloat16, 0)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("limit", [5 * 10 ** 9, 12_000], ids=["whole", "shards"])
+def test_transformers_has_the_logits_of_our_merged_checkpoint_in_shards_too(tmp_path, dtype, tol, limit):
+    out, want = tmp_path / "out", random_gemma(dtype=dtype)
+    model_gemma.save_gemma(want, tmp_path / "base")
+    saved(tmp_path)
+    lora.save_merged(tmp_path, out, tmp_path / "base", shard_bytes=limit)
+    ours, files = model_gemma.load_gemma(out, dtype)(IDS), sorted(out.glob("*.safetensors"))
+    torch.testing.assert_close(ours, theirs(out)(IDS).logits.float(), atol=tol, rtol=0)
+    lora.load_adapter(want, tmp_path)
+    lora.merge(want)
+    assert torch.equal(ours, want(IDS))                # in the base's own dtype, rounded once
+    if limit == 12_000:
+        names = data.read_json(out / "model.safetensors.index.json")["weight_map"]
+        assert names == {t: f.name for f in files for t in model_gemma.tensor_shapes(f)}
+        large = {f.name for f in files if f.stat().st_size > 14_000}           # a header takes up to 2 kB
+        assert len(files) > 2 and large == {names["model.embed_tokens.weight"]}
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_an_adapter_made_by_peft_on_q_and_v_with_rslora_merges_as_peft_merges_it(home, tmp_path):
+    peft, base = pytest.importorskip("peft"), theirs(home.model)
+    model = peft.get_peft_model(base, peft.LoraConfig(
+        r=4, lora_alpha=3, use_rslora=True, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    assert go([tmp_path, "--merge", tmp_path / "out"], lora.main)[0] == 0
+    ours, want = model_gemma.load_gemma(tmp_path / "out")(IDS), model.merge_and_unload()(IDS).logits
+    torch.testing.assert_close(ours, want, atol=1e-4, rtol=0)
+
+def test_a_merged_folder_has_tokenizer_and_card_and_tells_no_path_of_this_machine(home, tmp_path):
+    out, _ = tmp_path / "out", saved(tmp_path)
+    data.write_json(tmp_path / "run.json", dict(settings=dict(method="sails", data=str(tmp_path))))
+    data.write_json(tmp_path / "results.json", dict(sets=dict(unseen={"help": .5})))
+    command = [tmp_path, "--merge", out, "--model", home.model, "--dtype", "bfloat16"]
+    assert go(command, lora.main)[0] == 0 and data.read_json(out / "config.json")["dtype"] == "bfloat16"
+    card = (out / "README.md").read_text() * (out / "tokenizer.json").is_file()
+    for words in ("base_model: model\n", "Method: sails", "alpha 6", "Gemma Terms", "unseen, help: 0.5"):
+        assert words in card
+    assert not [words for words in (str(tmp_path), home.model, "{") if words in card]
+    assert go(command, lora.main)[2] == f"error: {out} is not a new or empty folder\n"
