@@ -200,7 +200,7 @@ def owned(folder, marker):
         with expecting(f"another process works in {folder}; wait, or choose another --out", OSError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         begun = (folder / marker).exists()
-        need(begun or not any(folder.iterdir()), f"{folder} has files in it but no {marker}, so is not ours")
+        need(begun or not any(folder.iterdir()), f"{folder} has files in it but no {marker}: not ours")
         try:
             yield begun
         except Exception:
@@ -460,31 +460,6 @@ def _hub_errors(repo, rev, kind):
             (re.search("CAS|reconstruct", str(e)), "if its storage is blocked, set HF_HUB_DISABLE_XET=1"),
             (True, "check the network and run it again: what is there is kept")) if applies)
         raise UserError(f"{page}: {advice} [{type(e).__name__ if secret else why}]") from None
-
-def find_sae(names, layer, width="16k", l0=None):
-    """The params file of one layer among a repository's file names; UserError lists what exists.
-    Gemma Scope:    layer_20/width_16k/average_l0_71/params.npz; without l0 the one nearest 100, the upper of
-                    a tie: the choice behind the sets called canonical
-    Gemma Scope 2:  resid_post/layer_9_width_16k_l0_medium/params.safetensors; without l0 `medium`"""
-    forms = (r"layer_(\d+)/width_(\w+?)/average_l0_(\d+)/params\.(?:npz|safetensors)",
-             r"(?:resid_post/)?layer_(\d+)_width_(\w+?)_l0_(\w+)/params\.(?:npz|safetensors)")
-    found = [(int(m[1]), m[2], m[3], m[0]) for n in names for f in forms if (m := re.fullmatch(f, n))]
-    need(found, "no SAE in it; wanted files like layer_20/width_16k/average_l0_71/params.npz")
-    layers, widths = {f[0] for f in found}, {f[1] for f in found if f[0] == layer}
-    need(layer in layers, f"no SAE for layer {layer}; layers here: {sorted(layers)}")
-    need(width in widths, f"no SAE of width {width} for layer {layer}; widths here: {sorted(widths)}")
-    here = {f[2]: f[3] for f in found if f[:2] == (layer, width)}
-    numbers = [k for k in here if k.isdigit()]
-    if l0 is None:
-        l0 = min(numbers, key=lambda k: (abs(int(k) - 100), -int(k))) if numbers else "medium"
-    need(str(l0) in here, f"no SAE with L0 {l0} for layer {layer}, width {width}; here: {sorted(here)}")
-    return here[str(l0)]
-
-def sae_file(spec, layer, width="16k", l0=None):
-    """The name of one SAE's file in a folder or hub repository laid out like Gemma Scope."""
-    names = listing(spec)
-    with expecting(spec, UserError):
-        return find_sae(names, layer, width, l0)
 
 # ---- tokenizer and chat templates ----
 def load_tokenizer(spec, vocab_size=None):

@@ -280,16 +280,19 @@ def save_merged(run, out, base=None, dtype=None, shard_bytes=5 * 10 ** 9):
     (c, _), run, out = read_adapter(run), Path(run), Path(out)
     base = str(base or "@".join(filter(None, (c.get("base_model_name_or_path"), c.get("revision")))))
     need(base, f"{run}: adapter_config.json names no base; add --model")
-    need(not out.exists() or out.is_dir() and not any(out.iterdir()), f"{out} is not a new or empty folder")
     raw = model_gemma.load_config(base).raw
     dtype = dtype or raw.get("dtype") or raw.get("torch_dtype")
     need(dtype in model_gemma.DTYPES, f"{base}: its config.json has dtype {dtype}; add --dtype")
-    model = model_gemma.load_gemma(base, model_gemma.DTYPES[dtype])
-    model_gemma.add_adapter(model, run)
-    model_gemma.save_gemma(model, out, shard_bytes)
-    for name in filter(re.compile(r"(tokenizer|special|generation|chat)[^/]*").fullmatch, data.listing(base)):
-        (out / name).write_bytes(data.read_bytes(data.fetch(base, [name])[0] / name))
-    data.write_text(out / "README.md", model_card(run, base, dtype))
+    with data.owned(out, "a new folder's name"):  # so a new or an empty one
+        model = model_gemma.load_gemma(base, model_gemma.DTYPES[dtype])
+        load_adapter(model, run)
+        merge(model)
+        detach(model)
+        model_gemma.save_gemma(model, out, shard_bytes)
+        copied = re.compile(r"(tokenizer|special|generation|chat)[^/]*").fullmatch
+        for name in filter(copied, data.listing(base)):
+            (out / name).write_bytes(data.read_bytes(data.fetch(base, [name])[0] / name))
+        data.write_text(out / "README.md", model_card(run, base, dtype))
     print(f"{out}: {base} with the adapter of {run} merged into it, in {dtype}")
 
 def model_card(run, base, dtype):
@@ -311,6 +314,7 @@ def main():
     ap.add_argument("--model", help="the base (as adapter_config.json says)")
     ap.add_argument("--dtype", choices=model_gemma.DTYPES, help="of the merged weights (the base's)")
     args = ap.parse_args()
+    ap.refuse_unread((args.merge, "--merge", "model dtype"))
     if args.merge:
         return save_merged(args.run, args.merge, args.model, args.dtype)
     c, tensors = read_adapter(args.run)

@@ -8,12 +8,9 @@ Letters: B batch, T tokens, S cached + new tokens, D d_model, H query heads, K k
 V vocabulary.   Run it (`python model_gemma.py --model DIR`) to talk to a model, adapted or steered.
 """
 import contextlib
-import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -465,61 +462,9 @@ def _draw(logits, rngs):
     u = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in rngs]).to(total.device)
     return torch.searchsorted(total, u[:, None] * total[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
 
-@torch.no_grad()
-def add_adapter(model, folder):
-    """Add a plain LoRA in PEFT's form to the weights; lora.py, read later, trains them."""
-    c, wrong = data.read_json(f"{folder}/adapter_config.json"), f"{folder}: no plain LoRA for this model"
-    with expecting(wrong, AttributeError, KeyError, OSError, RuntimeError, SafetensorError):
-        rest, p = dict(read_tensors(f"{folder}/adapter_model.safetensors")), .5 if c.get("use_rslora") else 1
-        for name in [n for n in rest if ".lora_A." in n]:
-            A, B = (rest.pop(name.replace("lora_A", x)).float() for x in ("lora_A", "lora_B"))
-            W = model.get_parameter(name.removeprefix("base_model.model.model.").replace("lora_A.", ""))
-            W.copy_(W.float() + (c["lora_alpha"] / len(A) ** p * B @ A).to(W.device))
-    need(not rest and not c.get("alpha_pattern"), f"{wrong}: it holds {[*rest, 'alpha_pattern'][0]}")
-
-def steer(model, layer, feature, strength, sae, width="16k"):
-    """Add strength times a feature's decoder row after a block, everywhere, until .remove()."""
-    name = data.sae_file(sae, layer, width)
-    path = data.fetch(sae, [name])[0] / name
-    with expecting(f"{path}: not a whole SAE file", Exception):
-        file = np.load(path) if path.suffix == ".npz" else dict(read_tensors(path))
-        W = torch.as_tensor(file["W_dec" if "W_dec" in file else "w_dec"])  # (N, D)
-    need(feature < len(W), f"{path}: no feature {feature}; it has 0..{len(W) - 1}")
-    need(layer < model.config.n_layers and W.shape[1] == model.config.d_model, f"{path} fits another model")
-    row = (strength * W[feature].float()).to(model.device, model.dtype)  # (D,)
-    return model.layers[layer].register_forward_hook(lambda block, args, h: h + row)
-
 def main():
-    ap = data.Arguments(description="Let a Gemma answer a prompt or, without --prompt, chat line by line.")
-    ap.add_argument("--model", required=True, help="folder in the hub's layout, or hub id")
-    ap.add_argument("--adapter", help="a finished run's folder, or any plain LoRA in PEFT's form")
-    ap.add_argument("--steer", metavar="LAYER:FEATURE=STRENGTH", action="append", default=[])
-    ap.add_argument("--sae", help="for --steer, which may be repeated: folder or hub id like Gemma Scope's")
-    ap.add_argument("--width", default="16k", help="of that SAE")
-    ap.add_argument("--prompt", help="default: every line of the terminal is a turn of a chat")
-    ap.add_argument("--template", choices=data.TEMPLATES, help="default: by the model's name")
-    ap.add_argument("--max-new", type=data.at_least(1), default=64)
-    ap.add_argument("--temperature", type=data.at_least(0, float), default=0.)
-    ap.add_argument("--dtype", choices=DTYPES, default="float32")
-    ap.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    args = ap.parse_args()
-    steering = [re.fullmatch(r"(\d+):(\d+)=(-?\d+(?:\.\d+)?)", text) for text in args.steer]
-    need(all(steering) and (args.sae or not steering), "--steer wants LAYER:FEATURE=STRENGTH and --sae")
-    model = load_gemma(args.model, DTYPES[args.dtype], args.device)
-    tok = data.load_tokenizer(args.model, model.config.vocab_size)
-    template = args.template or data.default_template(args.model, tok)
-    if args.adapter:
-        add_adapter(model, args.adapter)
-    for m in steering:
-        steer(model, int(m[1]), int(m[2]), float(m[3]), args.sae, args.width)
-    data.note(f"{args.model}: template {template}; without --prompt each line is a turn, Ctrl-D ends")
-    turns = []
-    for line in filter(str.strip, sys.stdin if args.prompt is None else [args.prompt]):
-        turns.append(dict(role="user", content=line))
-        ids, _ = data.render_chat(tok, turns, None, template)
-        [new] = generate(model, [ids], args.max_new, data.stop_ids(tok, template), args.temperature, [0])
-        turns.append(dict(role="assistant", content=tok.decode(new).strip()))
-        print(turns[-1]["content"], flush=True)
+    from benchmarks import talk  # chat, adapters and steering need scripts that are read later
+    talk.main()
 
 if __name__ == "__main__":
     data.run_main(main)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import data
 import model_gemma
-from data import expecting, find_sae, need, sae_file
+from data import UserError, expecting, need
 
 SHAPES = dict(W_enc="DN", W_dec="ND", b_enc="N", b_dec="D", threshold="N")
 # Published SAEs by the model's name or, for renamed folders, by its shape: repository, width, layers
@@ -47,6 +47,31 @@ class JumpReLUSAE(torch.nn.Module):
         return a @ self.W_dec + self.b_dec
 
 # ---- reading and writing ----
+def find_sae(names, layer, width="16k", l0=None):
+    """The params file of one layer among a repository's file names; UserError lists what exists.
+    Gemma Scope:    layer_20/width_16k/average_l0_71/params.npz; without l0 the one nearest 100, the upper of
+                    a tie: the choice behind the sets called canonical
+    Gemma Scope 2:  resid_post/layer_9_width_16k_l0_medium/params.safetensors; without l0 `medium`"""
+    forms = (r"layer_(\d+)/width_(\w+?)/average_l0_(\d+)/params\.(?:npz|safetensors)",
+             r"(?:resid_post/)?layer_(\d+)_width_(\w+?)_l0_(\w+)/params\.(?:npz|safetensors)")
+    found = [(int(m[1]), m[2], m[3], m[0]) for n in names for f in forms if (m := re.fullmatch(f, n))]
+    need(found, "no SAE in it; wanted files like layer_20/width_16k/average_l0_71/params.npz")
+    layers, widths = {f[0] for f in found}, {f[1] for f in found if f[0] == layer}
+    need(layer in layers, f"no SAE for layer {layer}; layers here: {sorted(layers)}")
+    need(width in widths, f"no SAE of width {width} for layer {layer}; widths here: {sorted(widths)}")
+    here = {f[2]: f[3] for f in found if f[:2] == (layer, width)}
+    numbers = [k for k in here if k.isdigit()]
+    if l0 is None:
+        l0 = min(numbers, key=lambda k: (abs(int(k) - 100), -int(k))) if numbers else "medium"
+    need(str(l0) in here, f"no SAE with L0 {l0} for layer {layer}, width {width}; here: {sorted(here)}")
+    return here[str(l0)]
+
+def sae_file(spec, layer, width="16k", l0=None):
+    """The name of one SAE's file in a folder or hub repository laid out like Gemma Scope."""
+    names = data.listing(spec)
+    with expecting(spec, UserError):
+        return find_sae(names, layer, width, l0)
+
 def published(spec, config):
     """(repository, width, layers) of the SAEs that are published for a model, or None."""
     name, shape = data.model_name(spec), (config.raw["model_type"], config.n_layers, config.d_model)

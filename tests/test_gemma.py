@@ -14,7 +14,8 @@ import data
 import model_gemma
 from conftest import go, random_sae
 from data import UserError
-from model_gemma import KVCache, config_from_json, generate, load_gemma, save_gemma, steer
+from benchmarks.talk import steer
+from model_gemma import KVCache, config_from_json, generate, load_gemma, save_gemma
 from test_lora import saved
 
 RAW = dict(num_hidden_layers=4, hidden_size=20, intermediate_size=24, num_attention_heads=4, head_dim=8,
@@ -106,8 +107,8 @@ def test_the_command_answers_adds_features_and_an_adapter_and_a_chat_keeps_its_t
     answer = reply(home, plain, "hey how")
     assert say(home) == answer
     assert say(home, "--adapter", tmp_path) == reply(home, adapted, "hey how") != answer
-    steer(steered, 0, 3, 40., home.sae, "40")
-    steer(steered, 1, 5, -25.5, home.sae, "40")
+    steer(steered, random_sae(0), 0, 3, 40.)           # home's SAE of layer i is random_sae(i)
+    steer(steered, random_sae(1), 1, 5, -25.5)
     features = "--sae", home.sae, "--width", 40, "--steer", "0:3=40", "--steer", "1:5=-25.5"
     assert say(home, *features) == reply(home, steered, "hey how") != answer
     more = reply(home, plain, "hey how", answer, "make thing5 ?")
@@ -116,8 +117,8 @@ def test_the_command_answers_adds_features_and_an_adapter_and_a_chat_keeps_its_t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steering_adds_the_decoder_row_after_the_block_at_every_position(home, dtype):
     model, ids, row = load_gemma(home.model, dtype), torch.tensor([[2, 5, 9]]), 3 * random_sae(1).W_dec[7]
-    before = model.residuals(ids, [0, 1])              # home's SAE of layer 1 is random_sae(1)
-    steer(model, 1, 7, 3., home.sae, "40")
+    before = model.residuals(ids, [0, 1])
+    steer(model, random_sae(1), 1, 7, 3.)
     after = model.residuals(ids, [0, 1])
     assert torch.equal(after[1], before[1] + row.to(dtype)) and torch.equal(after[0], before[0])
 

@@ -201,17 +201,15 @@ def test_peft_loads_the_folder_and_gives_the_same_logits(tmp_path, targets, laye
         alpha_pattern=dict(q_proj=1)).items()),
     (dict(r=8), {}, "not of rank 8"), ({}, {A_DOWN: None}, "lacks .*down_proj.lora_A"),
     ({}, {A_DOWN.replace("down", "q"): torch.zeros(4, 24)}, "lacks .*q_proj.lora_B"),
-    *(({}, {A_DOWN.replace(*name): torch.zeros(4, 24), A_DOWN.replace(*name).replace("_A", "_B"): torch.zeros(24, 4)},
-       says) for name, says in ((("layers.0.mlp.down_proj", "embed_tokens"), "those of a LoRA"),
-                                (("down", "q"), "another model"), (("layers.0", "layers.7"), "layers 0..1")))])
+    *(({}, {A_DOWN.replace(*name): torch.zeros(4, 24),
+            A_DOWN.replace(*name).replace("_A", "_B"): torch.zeros(24, 4)}, says) for name, says in (
+            (("layers.0.mlp.down_proj", "embed_tokens"), "those of a LoRA"),
+            (("down", "q"), "another model"), (("layers.0", "layers.7"), "layers 0..1")))])
 def test_a_foreign_adapter_is_refused_and_leaves_the_model_plain(tmp_path, model, config, tensors, says):
     saved(tmp_path)
     with pytest.raises(data.UserError, match=says):
         load_changed(model, tmp_path, config, tensors)
     assert not lora.adapters(model)
-    if tensors or {"alpha_pattern", "lora_alpha"} & config.keys():
-        with pytest.raises(data.UserError, match="no plain LoRA for this model"):
-            model_gemma.add_adapter(model, tmp_path)
 
 def theirs(folder):
     auto = pytest.importorskip("transformers").AutoModelForCausalLM
@@ -257,4 +255,4 @@ def test_a_merged_folder_has_tokenizer_and_card_and_tells_no_path_of_this_machin
     for words in ("base_model: model\n", "Method: sails", "alpha 6", "Gemma Terms", "unseen, help: 0.5"):
         assert words in card
     assert not [words for words in (str(tmp_path), home.model, "{") if words in card]
-    assert go(command, lora.main)[2] == f"error: {out} is not a new or empty folder\n"
+    assert go(command, lora.main)[2] .startswith(f"error: {out} has files in it")
