@@ -613,8 +613,8 @@ def report(folder, runs):
     if chosen and len(runs) > 2:  # a single run has printed them
         shown = sae_module.feature_lines(data.read_json(chosen[0]))
         say(f"Features that SAILS chose ({chosen[0].with_suffix('.md')}):", *shown, "")
-    page = pages.write_page(folder, runs, best_rates)
-    say(*lines, f"Open {page} in a browser; beside it: a folder a run, table.md")
+    say(*lines)
+    say(f"Open {pages.write_pages(folder, runs, table, best_rates)} in a browser; a folder a run beside it")
 
 def main():
     s = settings()

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
-from eval import markdown, svg_lines, ticks
+from eval import NLL, markdown, svg_lines, ticks
 
 NEURONPEDIA = re.compile(r"https://www\.neuronpedia\.org/[\w/.-]+")
 RATES = {"safety rate": "Safety rate", "over-refusal": "Over-refusal", "help": "Help, harmless requests done"}
@@ -25,27 +25,36 @@ LOGGED = {"loss": "Loss", "lr": "Learning rate", "grad_norm": "Gradient norm, be
           "margin": "DPO margin, nats", "reward": "Reward", "kl": "KL from the base, nats"}
 FIRST = 6  # features shown at once, of every layer; the others unfold
 
-def write_page(folder, runs, best_rates):
-    """Write FOLDER/report.html about finished runs and return its path.
-    runs: their settings, as train.combinations gives them; best_rates: how results choose a method's rate."""
+def write_pages(folder, runs, table, best_rates):
+    """Write a report.html in the folder of every run and, of several, one in FOLDER; return FOLDER's.
+    runs: their settings, as train.combinations gives them; table, best_rates: train's, on results.json's."""
     results = {Path(r.out): read(Path(r.out) / "results.json") for r in runs}
+    bases = {r["seed"]: path for path, r in results.items() if r["method"] == "base"}
+    alone = [path for path, r in results.items() if r["method"] != "base"]
+    for path in alone:
+        write_page(path, {p: results[p] for p in (bases[results[path]["seed"]], path)}, table, best_rates)
+    if len(alone) > 1:
+        write_page(folder, results, table, best_rates)
+    return folder / "report.html"
+
+def write_page(folder, results, table, best_rates):
+    """Write FOLDER/report.html about these runs, {their folder: results.json}."""
     best = best_rates(results.values())
-    tuned = {m: [p for p, r in results.items() if (r["method"], r["lr"]) == (m, best[m])]
+    tuned = {m: [path for path, r in results.items() if (r["method"], r["lr"]) == (m, best[m])]
              for m in best if m != "base"}                     # a folder a seed
     shown = tuned["sails" if "sails" in tuned else next(iter(tuned))][0]
-    run, table = read(shown / "run.json"), html.escape(data.read_text(folder / "table.md")).splitlines()
+    run, lines, several = read(shown / "run.json"), table(list(results.values())), len(results) > 2
     parts = dict(
         title=title(run["settings"], best), sentence=sentence(run["settings"], results, best, shown),
-        table=html_table(table) + "".join(f"<p>{line}</p>" for line in table if line and line[0] != "|"),
-        rates=rates(results) if len(results) > 2 else "", curves=curves(tuned),
-        settings=settings(run), shown=shown.name)
-    page, card = Path(__file__).with_suffix(".html").read_text(encoding="utf-8").split("<!-- a feature -->\n")
+        table=html_table(lines) + "".join(f"<p>{line}</p>\n" for line in lines if line and line[0] != "|"),
+        rates=rates(results) if several else "", runs=every_run(folder, results) if several else "",
+        curves=curves(tuned), settings=settings(run), shown=shown.name)
+    page, card = data.read_text(Path(__file__).with_suffix(".html")).split("<!-- a feature -->\n")
     parts |= subspace(shown, run["settings"]) | drift(shown)
     parts |= dict(features=features(shown, card), explain=explained(shown))
     for key in [key for key, part in parts.items() if not part]:  # a section without content goes
         page = re.sub(rf'<section id="{key}">.*?</section>\n', "", page, flags=re.S)
     data.write_text(folder / "report.html", string.Template(page).substitute(parts))
-    return folder / "report.html"
 
 def read(path):
     """A JSON file, every text in it escaped for HTML; None if the run has no such file."""
@@ -81,8 +90,7 @@ def sentence(s, results, best, shown):
     where, rates = next(iter(after["sets"].items()), ("", {}))
     moved = [f"{key} {before['sets'][where][key][0]:.3f} &rarr; <b>{rates[key][0]:.3f}</b>"
              for key in RATES if rates.get(key)]
-    nll = "NLL of chosen, nats per token"
-    moved += [f"NLL of held-out replies {before[nll][0]:.3f} &rarr; <b>{after[nll][0]:.3f}</b>"]
+    moved += [f"NLL of held-out replies {before[NLL][0]:.3f} &rarr; <b>{after[NLL][0]:.3f}</b>"]
     rank = "" if s["method"] == "full" else f", rank {s['r']} on {','.join(s['targets'])}"
     trained = f"{s['method']} trained {after['parameters']:,} parameters{rank}"
     return (f"{trained}: {steps} at learning rate {s['lr']:g}. "
@@ -96,6 +104,17 @@ def settings(run):
     """All of run.json, a name and a value each."""
     every = run["settings"] | dict(git=run["git"]) | run["versions"]
     return "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>\n" for key, value in every.items())
+
+def every_run(folder, results):
+    """A table of all runs, each with the address of its own page."""
+    rows = {}
+    for path, r in results.items():
+        where = next(iter(r["sets"]), None)
+        measured = {**r, **r["sets"].get(where, {})}
+        link = html.escape(f"{path.relative_to(folder)}/report.html") if r["method"] != "base" else ""
+        rows[f'<a href="{link}">{path.name}</a>' if link else path.name] = {
+            key: measured.get(key) for key in (*RATES, "balance", "knowledge", NLL)}
+    return html_table(markdown("run", rows))
 
 # ---- pictures ----
 def rates(results):
@@ -201,12 +220,12 @@ def card(f, template, share=""):
         f"<code>{visible(w)}<i>{format(x, form)}</i></code>" for w, x in f.get(key, ()))
     known, fires = NEURONPEDIA.fullmatch(f["link"] or ""), ""
     if "fires_aligned" in f:
-        fires = (f"Fires in {f['fires_aligned']:.0%} of aligned texts, in {f['fires_unaligned']:.0%} of "
-                 f"unaligned ones; typically at {f['typical']:.2f}.")
+        fires = (f"fires in {f['fires_aligned']:.0%} of aligned, {f['fires_unaligned']:.0%} of unaligned "
+                 f"texts, typically {f['typical']:.2f}")
     return string.Template(template).substitute(
         layer=f["layer"], feature=f["feature"], delta=f"{f['delta']:+.3f}", t=f"{f['t']:+.1f}", fires=fires,
         link=f'<a href="{f["link"]}">Neuronpedia</a>' if known else "",
-        share=f"Of the update: {share}." if share else "",
+        share=f"of the update: {share}" if share else "",
         raises=words("raises", "+.2f"), lowers=words("lowers", "+.2f"), fires_on=words("fires_on", ".0%"),
         promotes=" ".join(f"<code>{visible(w)}</code>" for w in f["promotes"]),
         contexts="".join(context(**c) for c in f.get("contexts", ())),
@@ -218,9 +237,11 @@ def visible(word):
 
 def context(tokens, at, activation):
     """The tokens around a strong activation, the one that it is on marked."""
-    tokens = list(map(visible, tokens))
-    before, after = "".join(tokens[max(0, at - 24):at]), "".join(tokens[at + 1:at + 13])
-    return f'<p class="context">{before}<mark title="{activation:.2f}">{tokens[at]}</mark>{after}</p>'
+    glue = "" if any(" " in token for token in tokens) else " "  # the tiny world's tokens are words
+    around = tokens[max(0, at - 24):at], tokens[at + 1:at + 13]
+    before, after = (glue.join(map(visible, part)) for part in around)
+    mark = f'<mark title="{activation:.2f}">{visible(tokens[at])}</mark>'
+    return f'<p class="context">{glue.join((before, mark, after))}</p>'
 
 def histogram(counts, maximum):
     """Counts of equal bins from 0 to the maximum as bars."""

@@ -47,14 +47,15 @@ def both(home, tmp_path_factory):
     data.write_json(run.out / "explain.json", dict(draws=20, alarm=.001, sums=[e]))
     runs = [SimpleNamespace(out=run.out / name) for name in ("base", "")]
     said = go(command(home, out, f"{more} --method lora,sails --seed 0,1 --steps 2"))[1]
-    return [(run.out, run.said, Page(pages.write_page(run.out, runs, train.best_rates))),
+    return [(run.out, run.said, Page(pages.write_pages(run.out, runs, train.table, train.best_rates))),
             (out, said, Page(out / "report.html"))]
 
 def test_every_tag_is_closed_and_nothing_is_loaded_from_elsewhere(both):
     for _, _, page in both:
         assert (page.wrong, page.open) == ([], [])
         assert not {"script", "link", "img", "iframe"} & page.tags
-    assert [page.targets for _, _, page in both] == [[URL], []]
+    assert both[0][2].targets == [URL] and len(both[1][2].targets) == 4
+    assert all((both[1][0] / target).is_file() for target in both[1][2].targets)
 
 def test_a_page_holds_the_numbers_of_its_files_and_the_line_after_the_table_names_it(both):
     for out, said, page in both:
