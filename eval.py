@@ -391,7 +391,7 @@ def kl_from_base(model, base, tok, path, max_tokens=512):
     return {"KL from the base, nats per token": dict(n=len(ids), value=interval(kls, list(map(len, ids))))}
 
 # ---- pictures: SVG whose ink is currentColor, so that the page around it sets light or dark ----
-COLOURS = ("#1a7abf", "#d55e00", "#009e73", "#b8860b", "#b5598d", "#4a9bc9", "#7d7d7d")  # for all eyes
+COLOURS = ("#1a7abf", "#d55e00", "#009e73", "#c28f00", "#b5598d", "#4a9bc9", "#7d7d7d")  # for all eyes
 
 def ticks(values):
     """Two to six round numbers, the first and last not inside the values."""
@@ -421,17 +421,19 @@ def svg_lines(curves, title, xlabel, xs=None, ys=None, log=False, dashed=()):
     for j, (name, curve) in enumerate(curves.items()):
         bound, aside = name in dashed, 4 * (j - len(curves) / 2 + .5)  # so that intervals stand side by side
         look = COLOURS[j % len(COLOURS)], 2
+        dot, wide = ("m-2 -2h4v4h-4z", 2) if j // 2 % 2 else ("h0", 6)  # some readers see fewer colours
         if bound:
             look = "currentColor", 1.5, ("7 5", "1 4")[list(dashed).index(name) % 2]
         spots = [(at_x(x) + (aside if ends else 0), *map(at_y, (y, *ends))) for x, y, *ends in curve]
         out.append(_path("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y, *_ in spots), *look))
         for x, y, *ends in spots if xs and not bound else ():
-            out.append(_path(f"M{x:.1f} {y:.1f}h0", look[0], 6))
+            out.append(_path(f"M{x:.1f} {y:.1f}{dot}", look[0], wide))
             if ends:
                 out.append(_path(f"M{x - 3:.1f} {ends[0]:.1f}h6m-3 0V{ends[1]:.1f}m-3 0h6", look[0]))
         if across:
             x, y = left + 155 * (j % across), bottom + 56 + 18 * (j // across)
             out += [_path(f"M{x} {y}h22", *look), _text(x + 28, y + 4, name, "start")]
+            out += [_path(f"M{x + 11} {y}{dot}", look[0], wide)] if xs and not bound else []
     high = bottom + 46 + (18 * math.ceil(len(curves) / across) if across else 0)
     look = 'role="img" fill="currentColor" font-family="system-ui, sans-serif" font-size="12"'
     size = f'viewBox="0 0 360 {high}" width="360" height="{high}"'

@@ -85,7 +85,7 @@ def sentence(s, results, best, shown):
         seeds, lrs = (len({r[key] for r in results.values()}) for key in ("seed", "lr"))  # the base's lr is 0
         return (f"{len(best) - 1} methods on {data.model_name(s['model'])}: {steps}; {len(results)} runs, "
                 f"{plural(seeds, 'seed')}, {plural(lrs - 1, 'learning rate')}. Features, subspace and "
-                f"settings below are those of {shown.name}.")
+                f"settings below are those of <code>{shown.name}</code>.")
     after, before = results[shown], next(r for r in results.values() if r["method"] == "base")
     where, rates = next(iter(after["sets"].items()), ("", {}))
     moved = [f"{key} {before['sets'][where][key][0]:.3f} &rarr; <b>{rates[key][0]:.3f}</b>"

@@ -10,18 +10,17 @@ import data
 import train
 from benchmarks import pages
 from conftest import command, go, trained
-from eval import svg_lines, ticks
+from eval import svg_lines
 
-HOSTILE, URL = "<script>alert('&amp;|\"')</script>", "https://www.neuronpedia.org/gemma-2-2b/1-res-16k/7"
+HOSTILE, URL = "<script>alert('&amp; | \"')</script>", "https://www.neuronpedia.org/gemma-2-2b/1-res-16k/7"
 FULL = dict(raises=[[HOSTILE, 1.25]], lowers=[[" no", -.5]], typical=2., maximum=4., fires_aligned=.8125,
             fires_unaligned=.0625, histogram=[3, 0, 1], promotes=[HOSTILE], link=URL,
             contexts=[dict(tokens=[" x"] * 40 + [HOSTILE, " y"], at=40, activation=3.)])
 
-class Page(HTMLParser):
-    """What a page opens, whether it closes it, where it points and what it says."""
+class Page(HTMLParser):                                # an error if it closes what it has not opened
     def __init__(self, path):
         super().__init__()
-        self.open, self.wrong, self.tags, self.targets, said = [], [], set(), [], []
+        self.open, self.tags, self.targets, said = [], set(), [], []
         self.handle_data = said.append
         self.feed(path.read_text(encoding="utf-8"))
         self.words = "".join(said)
@@ -32,7 +31,7 @@ class Page(HTMLParser):
         self.targets += [value for key, value in attributes if key.endswith(("src", "href"))]
 
     def handle_endtag(self, tag):
-        self.wrong += [tag] * (self.open.pop() != tag)
+        assert self.open.pop() == tag
 
 @pytest.fixture(scope="module")
 def both(home, tmp_path_factory):
@@ -46,14 +45,13 @@ def both(home, tmp_path_factory):
              others=[dict(feature=3, share=.1, words=[HOSTILE])])
     data.write_json(run.out / "explain.json", dict(draws=20, alarm=.001, sums=[e]))
     runs = [SimpleNamespace(out=run.out / name) for name in ("base", "")]
-    said = go(command(home, out, f"{more} --method lora,sails --seed 0,1 --steps 2"))[1]
     return [(run.out, run.said, Page(pages.write_pages(run.out, runs, train.table, train.best_rates))),
-            (out, said, Page(out / "report.html"))]
+            (out, go(command(home, out, f"{more} --method lora,sails --seed 0,1"))[1], Page(out / "report.html"))]
 
-def test_every_tag_is_closed_and_nothing_is_loaded_from_elsewhere(both):
+def test_every_tag_is_closed_nothing_is_loaded_and_a_hostile_token_is_shown_but_not_run(both):
     for _, _, page in both:
-        assert (page.wrong, page.open) == ([], [])
-        assert not {"script", "link", "img", "iframe"} & page.tags
+        assert page.open == [] and not {"script", "link", "img", "iframe"} & page.tags
+    assert both[0][2].words.count(HOSTILE) == 4        # raised, promoted, in a context, in the update
     assert both[0][2].targets == [URL] and len(both[1][2].targets) == 4
     assert all((both[1][0] / target).is_file() for target in both[1][2].targets)
 
@@ -64,13 +62,10 @@ def test_a_page_holds_the_numbers_of_its_files_and_the_line_after_the_table_name
         assert [x for x in cells if x not in page.words] == []
         assert said.split(table)[1].startswith(f"Open {out / 'report.html'} in a browser")
     drifts, features = (data.read_json(both[0][0] / f"{name}.json") for name in ("sails", "features"))
-    wanted = [f"{row[key]:.3f}" for row in drifts["drifts"] for key in ("overlap", "energy")]
+    wanted = [f"{x:.3f}" for row in drifts["drifts"] for x in (row["overlap"], row["energy"])]
     wanted += [f"feature {f['feature']}" for f in features]
     wanted += ["+1.25", "-0.50", "81%", "6%", "0.625", "37.5% read", "10.0%", "4 active tokens"]
     assert len(wanted) == 16 + 12 + 8 and [x for x in wanted if x not in both[0][2].words] == []
-
-def test_a_hostile_token_is_shown_four_times_and_never_run(both):
-    assert both[0][2].words.count(HOSTILE) == 4            # raised, promoted, in a context, in the update
 
 def test_the_spectrum_is_that_of_the_chosen_rows_cut_by_tau(both):
     kept, words = load_file(both[0][0] / "subspace.safetensors"), both[0][2].words
@@ -83,4 +78,3 @@ def test_a_line_runs_through_the_pixels_that_its_axes_give():
     assert 'd="M19.0 190.0L184.5 111.0L350.0 32.0"' in picture     # half way; cut at the top
     picture = svg_lines({"a": [(1, .1, .01, 1.)], "b": [(1, 1.)]}, "t", "x", [1], [.01, .1, 1], True, ["b"])
     assert 'd="M193.0 111.0h0"' in picture and 'd="M190.0 190.0h6m-3 0V32.0m-3 0h6"' in picture
-    assert ticks([7., 7.])[0] <= 7 <= ticks([7., 7.])[-1] and len(ticks([0, .0031])) == 5
