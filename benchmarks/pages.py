@@ -48,7 +48,7 @@ def write_page(folder, results, table, best_rates):
         title=title(run["settings"], best), sentence=sentence(run["settings"], results, best, shown),
         table=html_table(lines) + "".join(f"<p>{line}</p>\n" for line in lines if line and line[0] != "|"),
         rates=rates(results) if several else "", runs=every_run(folder, results) if several else "",
-        curves=curves(tuned), settings=settings(run), shown=shown.name)
+        curves=curves(tuned), settings=settings(run), shown=html.escape(shown.name))
     page, card = data.read_text(Path(__file__).with_suffix(".html")).split("<!-- a feature -->\n")
     parts |= subspace(shown, run["settings"]) | drift(shown)
     parts |= dict(features=features(shown, card), explain=explained(shown))
@@ -85,7 +85,7 @@ def sentence(s, results, best, shown):
         seeds, lrs = (len({r[key] for r in results.values()}) for key in ("seed", "lr"))  # the base's lr is 0
         return (f"{len(best) - 1} methods on {data.model_name(s['model'])}: {steps}; {len(results)} runs, "
                 f"{plural(seeds, 'seed')}, {plural(lrs - 1, 'learning rate')}. Features, subspace and "
-                f"settings below are those of <code>{shown.name}</code>.")
+                f"settings below are those of <code>{html.escape(shown.name)}</code>.")
     after, before = results[shown], next(r for r in results.values() if r["method"] == "base")
     where, rates = next(iter(after["sets"].items()), ("", {}))
     moved = [f"{key} {before['sets'][where][key][0]:.3f} &rarr; <b>{rates[key][0]:.3f}</b>"
@@ -111,9 +111,9 @@ def every_run(folder, results):
     for path, r in results.items():
         where = next(iter(r["sets"]), None)
         measured = {**r, **r["sets"].get(where, {})}
-        link = html.escape(f"{path.relative_to(folder)}/report.html") if r["method"] != "base" else ""
-        rows[f'<a href="{link}">{path.name}</a>' if link else path.name] = {
-            key: measured.get(key) for key in (*RATES, "balance", "knowledge", NLL)}
+        name = html.escape(str(path.relative_to(folder)))
+        linked = name if r["method"] == "base" else f'<a href="{name}/report.html">{name}</a>'
+        rows[linked] = {key: measured.get(key) for key in (*RATES, "balance", "knowledge", NLL)}
     return html_table(markdown("run", rows))
 
 # ---- pictures ----
