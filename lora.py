@@ -206,7 +206,7 @@ def save_adapter(model, folder, base="", provenance=None):
     model_gemma.save_tensors(folder / "adapter_model.safetensors", _tensors(model))
     data.write_json(folder / "adapter_config.json", config)
     if provenance is not None:
-        data.write_json(folder / "sails.json", provenance)
+        data.write_json(folder / "sails.json", provenance | dict(drifts=drift(model)))
 
 def _tensors(model):
     name = "base_model.model.model.{}.lora_{}.weight"
@@ -327,7 +327,7 @@ def main():
         print(f"{short:32s} |dW| {size:9.4f}   |A| {A.norm():8.4f}   |B| {B.norm():8.4f}")
     if (args.run / "sails.json").is_file():
         for key, value in data.read_json(args.run / "sails.json", method=str).items():
-            print(f"{key}: {value}")
+            print(f"{key}: {value}" if key != "drifts" else f"drifts: of {len(value)} adapters")
 
 if __name__ == "__main__":
     data.run_main(main)

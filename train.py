@@ -30,7 +30,7 @@ import lora
 import model_gemma
 import sae as sae_module
 import sails
-from benchmarks.tiny_world import make_world
+from benchmarks import pages, tiny_world
 from data import UserError, lead, need, say, together
 
 # ---- settings ----
@@ -455,6 +455,7 @@ def subspace(s, model, sets, folder):
             texts = [side[0] for pair in pairs[:200] for side in pair]
             write_features(s, model, sets.tok, folder, saes, stats, chosen, texts)
         kept = {f"V.{i}": V for i, V in bases.items()} | {f"features.{i}": f for i, f in chosen.items()}
+        kept |= {f"rows.{i}": saes[i].W_dec[f.to(s.device)] for i, f in chosen.items()}
         model_gemma.save_tensors(path, kept)
     return bases
 
@@ -593,7 +594,8 @@ def report(folder, runs):
     if chosen and len(runs) > 2:  # a single run has printed them
         shown = sae_module.feature_lines(data.read_json(chosen[0]))
         say(f"Features that SAILS chose ({chosen[0].with_suffix('.md')}):", *shown, "")
-    say(*lines, f"Saved in {folder}: a folder a run, table.md")
+    say(*lines)
+    say(f"Open {pages.write_pages(folder, runs)} in a browser; a folder a run beside it")
 
 def main():
     s = settings()
@@ -605,7 +607,7 @@ def main():
         s.jobs = 1  # the ranks share every run
         need(s.batch >= dist.get_world_size(), "--batch must hold an example for every process")
     if s.tiny and lead():
-        make_world(WORLD, 0, s.seed)
+        tiny_world.make_world(WORLD, 0, s.seed)
     together()
     config = choose_sources(s)
     if s.dry_run:

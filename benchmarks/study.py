@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import eval as evaluation
 import train
-from benchmarks.theory import COLOURS, _path, _text
+from benchmarks.pictures import svg_lines, svg_sheet
 
 def combine(argv, folder):
     """The runs that a command line of train.py stands for, the base first; prints nothing."""
@@ -198,21 +198,7 @@ def margins(test, base):
 
 def line_chart(panels, xlabel):
     """An SVG of {title: {name: {x: y}}}: a panel a title, y from 0 to 1, x equally spaced."""
-    out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 330" font-family="Arial, sans-serif">',
-           '<rect width="920" height="330" rx="14" fill="white"/>']
-    at_y = lambda y: 275 - 220 * y
-    for i, (title, curves) in enumerate(panels.items()):
-        xs, left = list(next(iter(curves.values()))), 60 + 370 * i
-        at_x = {x: left + 300 * (j + .5) / len(xs) for j, x in enumerate(xs)}
-        out += [_text(left + 150, 30, title, size=14), _text(left + 150, 318, xlabel)]
-        out += [_text(x, 295, f"{n:g}") for n, x in at_x.items()]
-        for y in (0, .25, .5, .75, 1):
-            out += [_text(left - 8, at_y(y) + 4, f"{y:g}", "end")]
-            out += [_path(f"M{left} {at_y(y):.1f}h300", "#ddd")]
-        for (name, curve), colour in zip(curves.items(), COLOURS):
-            points = [f"{at_x[x]:.1f} {at_y(y):.1f}" for x, y in curve.items()]
-            out += [_path("M" + "L".join(points), colour, 2)]
-            out += [_path(f"M{p}h0", colour, 7) for p in points]
-    for i, (name, colour) in enumerate(zip(curves, COLOURS)):
-        out += [_path(f"M780 {60 + 22 * i}h24", colour, 3), _text(812, 64 + 22 * i, name, "start")]
-    return "\n".join([*out, "</svg>"]) + "\n"
+    return svg_sheet([
+        svg_lines({name: list(curve.items()) for name, curve in curves.items()}, title, xlabel,
+                             list(next(iter(curves.values()))), [0, .25, .5, .75, 1])
+        for title, curves in panels.items()])

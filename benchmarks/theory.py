@@ -6,9 +6,7 @@ prints the tables of `python sails.py`, the second with more rows, three more an
 code 1 if one is violated. --out writes this to theory.txt and draws theory.svg. Half a minute on one core.
 """
 import contextlib
-import html
 import io
-import math
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import sails
+from benchmarks.pictures import svg_lines, svg_sheet
 from sae import train_sae
 from sails import (basis, direct_floor, projector_distance, sae_bound, selection_probability, top_eigenspace,
                    top_features, truncation_floor)
@@ -322,53 +321,25 @@ def measure_draws(draws, checks):
 # ------------------------------------------------------------------------------------------ the figure
 PANELS = {"eps": "Decoder rows eps off", "faulty": "So many of S dead, split or absorbed",
           "tau": "True rows, cut by tau", "pairs": "No entanglement", "strength": "Entanglement"}
-FLOOR, WIDE, HIGH = "floor of one direction", 310, 240             # a panel's size in pixels
+FLOOR = "floor of one direction"
 ESTIMATORS = (MEAN, PCA, LIMIT, TRAINED, TRUE, NEURONS, RANDOM, FLOOR)                   # of the last two
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#8c8c8c")
 
 def figure(cells):
-    """The tables as one SVG: a panel each, and in the sixth place the legend of the last two."""
+    """The tables as one SVG, a panel each: the error, means over worlds with 95 % t-intervals."""
     cells = cells | {(t, FLOOR, c): [sails.direct_floor(RANK)] for t, row, c in cells if row == MEAN}
-    out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1200 700" font-family="Arial, sans-serif">',
-           '<rect width="1200" height="700" rx="14" fill="white"/>']
-    for j, table in enumerate(PANELS):
-        out += _panel(cells, table, 70 + 390 * (j % 3), 50 + 330 * (j // 3))
-    out += [_text(850, 400, f"Means of {len(SEEDS)} worlds, 95 % t-intervals", "start"), "</svg>\n"]
-    return "\n".join(out)
+    return svg_sheet([_panel(cells, table) for table in PANELS])
 
-def _panel(cells, table, left, top):
-    """One table's axes, lines, error bars and legend; the y axis is the error."""
+def _panel(cells, table):
     cols, rows = (list(dict.fromkeys(key[i] for key in cells if key[0] == table)) for i in (2, 1))
     rows = ESTIMATORS if MEAN in rows else [row for row in rows if not row.startswith("r_s")]
-    ticks, scale = ([.01, .1, 1, 10], math.log) if table == "eps" else ([.5 * i for i in range(8)], float)
-    inside = lambda v: scale(min(max(v, ticks[0]), ticks[-1])) - scale(ticks[0])
-    at_x = [left + WIDE * (i + .5) / len(cols) for i in range(len(cols))]
-    at_y = lambda v: top + HIGH * (1 - inside(v) / inside(ticks[-1]))
-    out = [_text(left + WIDE / 2, top - 14, PANELS[table], size=14),
-           _text(left - 8, top - 14, "error", "end"), _text(left + WIDE / 2, top + HIGH + 40, table)]
-    out += [_text(x, top + HIGH + 18, f"{c:g}") for x, c in zip(at_x, cols)]
-    for v in ticks:
-        out += [_text(left - 8, at_y(v) + 4, f"{v:g}", "end"), _path(f"M{left} {at_y(v):.1f}h{WIDE}", "#ddd")]
-    for j, row in enumerate(rows):
-        computed = row.startswith(("bound", "floor", LIMIT))
-        colour, dash = ("#222222", "1 5" if row == LIMIT else "8 6") if computed else (COLOURS[j], "none")
-        points = [(x, *data.t_interval(cells[table, row, c])) for x, c in zip(at_x, cols)]
-        out += [_path("M" + "L".join(f"{x:.1f} {at_y(mean):.1f}" for x, mean, _ in points), colour, 2, dash)]
-        for x, mean, half in points if not computed else ():
-            bar = f"M{x - 3:.1f} {at_y(mean - half):.1f}h6m-3 0V{at_y(mean + half):.1f}m-3 0h6"
-            out += [_path(bar, colour), _path(f"M{x:.1f} {at_y(mean):.1f}h0", colour, 7)]      # a dot
-        x, y = (left + WIDE + 80, top + 44 + 20 * j) if MEAN in rows else (left + 10, top + 14 + 20 * j)
-        if table != "pairs":                           # whose legend is that of "strength"
-            out += [_path(f"M{x} {y}h28", colour, 2, dash), _text(x + 36, y + 4, row, "start")]
-    return out
-
-def _path(d, colour, width=1, dash="none"):
-    look = f'stroke="{colour}" stroke-width="{width}" stroke-dasharray="{dash}" stroke-linecap="round"'
-    return f'<path d="{d}" fill="none" {look}/>'
-
-def _text(x, y, words, anchor="middle", size=12):
-    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}"'
-    return f'<text {place} fill="#222222">{html.escape(words)}</text>'
+    computed = [row for row in rows if row.startswith(("bound", "floor", LIMIT))]
+    curves = {}
+    for row in rows:
+        means = [(c, *data.t_interval(cells[table, row, c])) for c in cols]
+        curves[row] = [(c, y) if row in computed else (c, y, y - half, y + half) for c, y, half in means]
+    ticks, log = ([.01, .1, 1, 10], True) if table == "eps" else ([.5 * i for i in range(8)], False)
+    xlabel = f"{table} (means of {len(SEEDS)} worlds, 95 % t-intervals)"
+    return svg_lines(curves, f"{PANELS[table]}: error", xlabel, cols, ticks, log, computed)
 
 def main():
     ap = data.Arguments(description="Check the theorem more widely; exit code 1 if a bound is violated.")

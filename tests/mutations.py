@@ -21,7 +21,7 @@ TESTS = {
     "lora.py": "lora walk train",
     "sae.py": "sae walk", "sails.py": "subspace contrast theory walk", "eval.py": "eval judges table",
     "train.py": "objectives table train", "benchmarks/tiny_world.py": "tiny_world",
-    "benchmarks/study.py": "studies", "benchmarks/gcg.py": "attack"}
+    "benchmarks/study.py": "studies", "benchmarks/pages.py": "report", "benchmarks/gcg.py": "attack"}
 SLOW = ("batch[rank::machines]",)  # needs the tests marked slow
 
 # file: (old, new, reason)
@@ -209,6 +209,14 @@ MISTAKES = {"train.py": [
     ("if len(groups) >= 3:", "if len(groups) >= 30:", "seeds counted as bases"),
     ('100 * (r[column] - theirs[key][column])', '100 * (theirs[key][column] - r[column])', "a paired sign"),
     ("(below[:-1] + below[1:]) / 2", "below[1:]", "ties count as wins"),
+], "benchmarks/pages.py": [
+    ("html.escape(text, quote=False)", "text", "a token runs as a script"),
+    ('.replace("|", "&#124;")', "", "a token ends its cell"),
+    ("NEURONPEDIA.fullmatch(f[\"link\"] or \"\")", "f[\"link\"]", "a link to anywhere"),
+    ("held = (size[:kept] ** 2)", "held = (size[kept:] ** 2)", "what is cut is called kept"),
+    ("cells.setdefault(place", "cells.setdefault(side", "the heat map's rows"),
+    ("(e[\"sae_layer\"], c[\"feature\"])", "(e[\"side\"], c[\"feature\"])", "shares are lost"),
+    ("write_page(path, {p", "dict({p", "no page for the single runs"),
 ], "benchmarks/gcg.py": [
     ("t.isascii() and ", "", "the attack types what nobody can"),
     ("int(loss.argmin())", "int(loss.argmax())", "the worst candidate is kept"),

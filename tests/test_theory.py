@@ -202,11 +202,12 @@ def test_both_commands_hold_and_the_long_one_writes_tables_and_a_figure(small, m
     assert all(title in out for title in theory.TITLES.values())
     assert "nan" not in out
     svg = ElementTree.parse(tmp_path / "new" / "theory.svg").getroot()
-    lines = [e.get("d") for e in svg.findall("{*}path") if "L" in e.get("d")]
+    lines = [e.get("d") for e in svg.findall(".//{*}path") if "L" in e.get("d")]
     assert len(lines) == 3 + 3 + 4 + 2 * len(theory.ESTIMATORS)
     points = [tuple(map(float, p.split())) for line in lines for p in line[1:].split("L")]
-    assert all(70 < x < 1200 and 50 <= y <= 700 - 80 for x, y in points)
-    assert {*theory.PANELS, *theory.ESTIMATORS, "error"} <= {e.text for e in svg.findall("{*}text")}
+    assert all(20 < x < 360 and 32 <= y <= 190 for x, y in points)
+    titles = {f"{title}: error" for title in theory.PANELS.values()}
+    assert {*theory.ESTIMATORS} | titles <= {e.text for e in svg.findall(".//{*}text")}
     monkeypatch.setattr(theory, "truncation_floor", lambda r, r_s: r ** .5)
     assert theory.main() == 1
 
