@@ -1,95 +1,55 @@
 """Two thousand damaged files, by fixed seeds: reading one gives a finite result or one clear line."""
-import gzip
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import data
 import eval as evaluation
 import lora
 import model_gemma
 import sae as sae_module
-from conftest import random_gemma, random_sae, write_pairs
-from test_bad_inputs import DEEP, HUGE, INF, NAN, SAE, SCOPE, TooLate, at_most, put
+from conftest import random_gemma
+from test_bad_inputs import (AC, AM, CONFIG, DEEP, GZ, HUGE, INDEX, INF, NAN, SAE, SCOPE, STATE, TOK, WEIGHTS,
+                             TooLate, at_most, files, place, put)  # noqa: F401, two are fixtures
 
 VALUES = None, "x", "", "a" * 10**5, "\ud800", DEEP, HUGE, NAN, INF, -1, 0, 1.5, 10**30, True, [], {}
-SETTINGS = dict(method="lora", lr=.1, layers=[0, 1], sources=dict(model="a", data=["b"]))
-
-def trained():
-    """A one-layer model with an adapter, and its optimizer after a step."""
-    model = random_gemma(num_hidden_layers=1)
-    lora.attach(model, "qo", 2, 4)
-    lora.init_lora(model)
-    opt = torch.optim.AdamW([p for _, p in lora.trainable(model)])
-    model(torch.tensor([[2, 5, 9]])).sum().backward()
-    opt.step()
-    return model, opt
-
-@pytest.fixture(scope="module")
-def top(tmp_path_factory, world, split):
-    """A one-layer model, SAEs, pairs, prompts, an adapter, settings and a checkpoint."""
-    top, (model, opt) = tmp_path_factory.mktemp("fuzz"), trained()
-    lora.save_adapter(model, top / "run", "model", dict(method="lora"))
-    lora.save_state(top / "state.safetensors", lora.trainable(model), opt, 1)
-    for name in ("model", "sharded"):
-        model_gemma.save_gemma(random_gemma(num_hidden_layers=1), top / name)
-        world.tok.save(str(top / name / "tokenizer.json"))
-    index = {name: "model.safetensors" for name in model_gemma.tensor_shapes(top / "model/model.safetensors")}
-    data.write_json(top / "sharded/model.safetensors.index.json", dict(weight_map=index))
-    sae_module.save_sae(random_sae(), top / "sae", 0, 20)
-    (top / SCOPE).parent.mkdir()
-    save_file({k: t.contiguous() for k, t in random_sae(N=41).named_buffers()}, top / SCOPE)
-    write_pairs(top / "pairs.jsonl", split["train"][:8])
-    (top / "pairs.jsonl.gz").write_bytes(gzip.compress((top / "pairs.jsonl").read_bytes()))
-    ask = dict(prompt="how ?", label="benign", set="s", type="t", focus="f", target="sure", chosen="sure")
-    data.write_rows(top / "asks.jsonl", [dict(ask, id=str(i)) for i in range(8)])
-    data.write_text(top / "asks.csv", 'id,prompt,label\n1,how ?,benign\n2,"a, b",harmful\n')
-    data.same_settings(top / "run.json", SETTINGS)
-    return top
 
 # ---- the cheapest entry that reads a file in a real command; the tensors that come of it ----
 def gemma(path):
     return model_gemma.load_gemma(path.parent).parameters()
 
 def sae(path):
-    top = next(p for p in path.parents if p.name == "sae")
-    return sae_module.load_sae(top, 0, "41" if path.suffix == ".safetensors" else "40").buffers()
+    return sae_module.load_sae("sae", 0, "40" if str(path) == SAE else "41").buffers()
 
 def pairs(path):
-    examples = path.parent / "pairs.jsonl" if path.name == "tokenizer.json" else path
-    home = path.parent if path.name == "tokenizer.json" else path.parent / "model"
-    examples = examples if examples.exists() else path.parents[1] / "pairs.jsonl"
-    data.encode(data.load_tokenizer(home), data.read_pairs(examples)[0], "tiny")
-    return ()
+    return data.encode(data.load_tokenizer("model"), data.read_pairs(path)[0], "tiny") and ()
 
 def asks(path):
-    tok = data.load_tokenizer(path.parent / "model")
     for p in data.read_prompts([path], 5):
-        data.render_chat(tok, p["turns"], p["expected"], "tiny")
+        data.render_chat(data.load_tokenizer("model"), p["turns"], p["expected"], "tiny")
         json.dumps([evaluation.prompt_hash(p), p["id"], p["set"]], ensure_ascii=False).encode()
     return ()
 
 def adapter(path):
-    model = random_gemma(num_hidden_layers=1)
+    model = random_gemma()
     lora.load_adapter(model, path.parent)
     return [p for _, p in lora.trainable(model)]
 
-def settings(path):
-    return data.same_settings(path, SETTINGS) or ()
-
 def state(path):
-    model, opt = trained()
+    model = random_gemma()
+    lora.attach(model, "qkvo", 4, 8)
+    opt = torch.optim.AdamW([p for _, p in lora.trainable(model)])
     lora.load_state(path, lora.trainable(model), opt)
     return [*model.parameters(), *(t for moments in opt.state.values() for t in moments.values())]
 
-KINDS = {"model/config.json": (gemma, 300), "model/model.safetensors": (gemma, 150), SAE: (sae, 200),
-         "sharded/model.safetensors.index.json": (gemma, 150), "model/tokenizer.json": (pairs, 50), SCOPE: (sae, 100),
-         "pairs.jsonl": (pairs, 250), "pairs.jsonl.gz": (pairs, 150), "asks.jsonl": (asks, 200), "asks.csv": (asks, 50),
-         "run/adapter_config.json": (adapter, 150), "run/adapter_model.safetensors": (adapter, 50),
-         "run.json": (settings, 100), "state.safetensors": (state, 100)}
+SETTINGS = dict(method="lora", lr=.1, layers=[0, 1], sources=dict(model="a", data=["b"]))
+KINDS = {CONFIG: (300, gemma), WEIGHTS: (150, gemma), INDEX: (150, gemma), SAE: (200, sae), SCOPE: (100, sae),
+         TOK: (50, lambda path: pairs("pairs.jsonl")), "pairs.jsonl": (250, pairs), GZ: (150, pairs),
+         "asks.jsonl": (200, asks), "asks.csv": (50, asks), AC: (150, adapter), AM: (50, adapter),
+         "settings.json": (100, lambda path: data.same_settings(path, SETTINGS) or ()), STATE: (100, state)}
 
 def mutate(name, content, seed):
     """A file's content, damaged: a value of its JSON replaced or taken out, or some bytes."""
@@ -99,10 +59,10 @@ def mutate(name, content, seed):
         at = rng.randrange(len(lines))
         lines[at] = json.dumps(bent(json.loads(lines[at]), rng))
         return "\n".join(lines)
-    if seed % 4 == 0 and name.endswith(".safetensors"):                # a number among the last ones
+    if seed % 4 == 0 and name.endswith(".safetensors"):                # one of the last numbers
         at = len(content) - 4 * rng.randrange(1, 100)
         return content[:at] + rng.choice((b"\0\0\xc0\x7f", b"\0\0\x80\xff")) + content[at + 4:]
-    end = 2000 if name.endswith(".safetensors") else len(content)      # else mostly in the header
+    end = 2000 if name.endswith(".safetensors") else len(content)      # else in the header
     a, b = sorted(rng.randrange(min(end, len(content))) for _ in "ab")
     noise, bit = rng.randbytes(rng.choice((1, 1, 4, 50))), bytes([content[a] ^ 1 << rng.randrange(8)])
     return content[:a] + rng.choice((noise + content[a + len(noise):], b"", noise + content[a:], content[b:],
@@ -118,11 +78,11 @@ def bent(value, rng):
         del value[key]
     return value
 
-def outcome(read, path):
+def outcome(read, name):
     """What is wrong with how a file is read, or None."""
     try:
         with at_most(2):
-            return None if all(bool(t.isfinite().all()) for t in read(path)) else "not finite"
+            return None if all(bool(t.isfinite().all()) for t in read(Path(name))) else "not finite"
     except data.UserError as e:
         return None if str(e).isprintable() and str(e) else f"not one line: {str(e)[:99]!r}"
     except (Exception, TooLate) as e:
@@ -130,11 +90,12 @@ def outcome(read, path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
-def test_a_damaged_file_gives_a_finite_result_or_one_line(top, name):
-    (read, n), content, wrong = KINDS[name], (top / name).read_bytes(), {}
-    assert outcome(read, top / name) is None
+def test_a_damaged_file_gives_a_finite_result_or_one_line(place, name):
+    put("asks.csv", 'id,prompt,label\n1,how ?,benign\n2,"a, b",harmful\n')
+    data.same_settings(Path("settings.json"), SETTINGS)
+    (n, read), content, wrong = KINDS[name], Path(name).read_bytes(), {}
+    assert outcome(read, name) is None
     for seed in range(n):
-        put(top / name, mutate(name, content, seed))
-        wrong[seed] = outcome(read, top / name)
-    (top / name).write_bytes(content)
+        put(name, mutate(name, content, seed))
+        wrong[seed] = outcome(read, name)
     assert {seed: why for seed, why in wrong.items() if why} == {}
