@@ -146,7 +146,7 @@ def spot(x, value):
 CHANGES = dict(nan=lambda x: spot(x, NAN), inf=lambda x: spot(x, INF), int8=lambda x: x.to(torch.int8),
     gone=lambda x: None, bool=lambda x: x.bool(), fp8=lambda x: x.to(torch.float8_e4m3fn),
     short=lambda x: x[:-1], T=lambda x: x.T, twice=lambda x: 2 * x, other=lambda x: spot(x, .5),
-    minus=lambda x: spot(x, -1), new=lambda x: torch.ones(3))
+    minus=lambda x: spot(x, -1), new=lambda x: torch.full((3,), 2.))
 
 def tensor(path, key, change):
     """Change the tensor whose name ends so, in a safetensors or npz file; a step in the metadata."""
@@ -238,6 +238,11 @@ def at_most(seconds):
 def test_every_command_of_the_table_runs_where_nothing_is_damaged(place, name):
     code, _, err = run(COMMANDS[name])
     assert code == 0, err
+
+def test_the_name_of_a_set_forges_no_row_of_the_table(place):
+    row("asks.jsonl", "set", "a | 1.000 |\n| forged")
+    code, said, err = run(COMMANDS["EVAL"])
+    assert code == 2 and "set" in err or not re.search("^. forged", said, re.M)
 
 @pytest.mark.parametrize("command, words, damages", rows())
 def test_a_bad_input_ends_in_one_clear_line_and_changes_nothing(place, monkeypatch, command, words, damages):
