@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from conftest import TOP, command, go, start  # first: it makes the scripts importable
+
 import data
 import eval as evaluation
 import train
-from conftest import TOP, command, go, start
 
 pytestmark = pytest.mark.slow
 KILLS, SIGNALS = map(int, os.environ.get("KILLS", "8 3").split())
