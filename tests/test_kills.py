@@ -1,7 +1,5 @@
-"""Processes killed at random moments of fixed seeds go on to the artifacts of undisturbed ones, byte for byte.
-
-`python tests/test_kills.py 30 10` does the same with 30 kills and 10 signals.
-"""
+"""What is killed at random moments of fixed seeds goes on to the files of an undisturbed run, byte for byte.
+`python tests/test_kills.py 30 10` does it with 30 kills and 10 signals."""
 import json
 import os
 import random
@@ -16,23 +14,24 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from conftest import TOP, command, go, start  # first: it makes the scripts importable
+
 import data
 import eval as evaluation
 import train
-from conftest import TOP, command, go, start
 
 pytestmark = pytest.mark.slow
 KILLS, SIGNALS = map(int, os.environ.get("KILLS", "8 3").split())
-RUN = "--steps 150 --save-every 7 --seed 4"
-STAGES = {  # options of train.py, none for eval.py; files after whose appearance it is killed
-    "run": (RUN, ("", "run.json", "subspace.safetensors", "state.safetensors", "adapter_model.safetensors", "responses.jsonl")),
-    "table": ("--method sails,lora --lr 1e-3,1e-2 --steps 40 --save-every 7 --jobs 2", (
-        "", "base*/results.json", "sails*/state.safetensors", "*/adapter_config.json", "lora*/log.jsonl")),
-    "replies": (None, ("", "eval.json", "responses.jsonl", "responses.jsonl", "verdicts.jsonl")),
-    "two": (RUN + " --objective dpo", ("run.json", "state.safetensors", "log.jsonl"))}
 ORDER = "run table replies run table replies two run".split()
-KEPT = ("adapter_model.safetensors subspace.safetensors features.json responses.jsonl verdicts.jsonl results.json table.md "
-        "adapter_config.json sails.json log.jsonl heldout-test.jsonl").split()
+STAGES = dict(  # options of train.py, none for eval.py; files after whose appearance it is disturbed
+    run=("--steps 100 --save-every 7 --seed 4", 
+         " run.json subspace.safetensors state.safetensors results.json"),
+    two=("--steps 40 --save-every 7 --objective dpo", "run.json state.safetensors log.jsonl"),
+    table=("--method sails,lora --lr 1e-3,1e-2 --steps 40 --save-every 7 --jobs 2",
+           " base*/results.json sails*/state.safetensors */adapter_config.json lora*/log.jsonl"),
+    replies=("", " eval.json responses.jsonl responses.jsonl verdicts.jsonl"))
+KEPT = """adapter_model.safetensors adapter_config.json sails.json subspace.safetensors features.json table.md
+log.jsonl responses.jsonl verdicts.jsonl results.json heldout-test.jsonl""".split()
 
 def zygote():
     """Fork a process for every line on stdin; its id, then its exit code. Importing torch takes seconds."""
@@ -42,145 +41,146 @@ def zygote():
         pid = os.fork()
         if not pid:
             os.setpgid(0, 0)
-            for fd, end in ((1, "out"), (2, "err")):
-                os.dup2(os.open(f"{out}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+            for fd in (1, 2):
+                os.dup2(os.open(f"{out}.{fd}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
             sys.argv = [f"{script}.py", *args]
             data.run_main(dict(train=train, eval=evaluation)[script].main)
         print(pid, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
-@pytest.fixture(scope="module")
-def launch(home, tmp_path_factory):
-    """launch(stage, folder, more) -> (process id, a function that waits for its exit code)."""
-    asks = tmp_path_factory.mktemp("asks") / "asks.jsonl"
-    data.write_rows(asks, [dict(prompt=f"{'hey ' * (i % 4)}how make thing{i} ?", label="benign") for i in range(90)])
-    env = os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(TOP))
-    server = subprocess.Popen([sys.executable, __file__, "zygote"], env=env, stdin=-1, stdout=-1, text=True)
+class Launcher:
+    """Starts what is disturbed; knows what an undisturbed run leaves."""
 
-    def arguments(stage, out, more=""):
+    def __init__(self, home, top):
+        self.home, self.top, self.left = home, top, {}
+        asks = [dict(prompt=f"{'hey ' * (i % 4)}how make thing{i} ?", label="benign") for i in range(90)]
+        data.write_rows(top / "asks.jsonl", asks)
+        env = os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(TOP))
+        server = [sys.executable, __file__, "zygote"]
+        self.zygote = subprocess.Popen(server, env=env, stdin=-1, stdout=-1, text=True)
+        self.two = self.launch("two", top / "two")[1]  # beside the first tests: it takes long
+
+    def arguments(self, stage, out, more=""):
         if stage != "replies":
-            return command(home, out, f"{STAGES[stage][0]} {more}")
-        return f"--model {home.model} --prompts {asks} --max-new 20 --batch-size 2 --device cpu --out {out} {more}".split()
+            return command(self.home, out, f"{STAGES[stage][0]} {more}")
+        quick = f"--prompts {self.top}/asks.jsonl --max-new 20 --batch-size 2 --device cpu"
+        return f"--model {self.home.model} {quick} --out {out} {more}".split()
 
-    def launch(stage, out, more=""):
-        args = arguments(stage, out, more)
+    def launch(self, stage, out, more=""):
+        """(process id, a function that waits for the exit code)."""
+        args = self.arguments(stage, out, more)
         if stage == "two":
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
-            process = start(args, out.parent, *f"-m torch.distributed.run --nproc-per-node 2 --master-port {port}".split())
+            by = f"-m torch.distributed.run --nproc-per-node 2 --master-port {port}".split()
+            process = start(args, out.parent, *by)
             return process.pid, lambda: (process.communicate(timeout=100), process.returncode)[1]
-        print(json.dumps(["eval" if stage == "replies" else "train", str(out), *args]), file=server.stdin, flush=True)
-        return int(server.stdout.readline()), lambda: int(server.stdout.readline())
-    launch.arguments = arguments
-    yield launch
-    server.stdin.close()
-    server.wait()
+        script, code = "eval" if stage == "replies" else "train", lambda: int(self.zygote.stdout.readline())
+        print(json.dumps([script, str(out), *args]), file=self.zygote.stdin, flush=True)
+        return code(), code
+
+    def finish(self, stage, out, more=""):
+        """Go on in this process, or in two again; the exit code."""
+        more += " --resume" * (stage in ("run", "two") and (out / "run.json").exists())
+        if stage == "two":
+            return self.launch(stage, out, more)[1]()
+        args = " ".join(self.arguments(stage, out, more)).replace("--jobs 2", "").split()      # one by one
+        return go(args, evaluation.main if stage == "replies" else train.main)[0]
+
+    def undisturbed(self, stage):
+        if stage not in self.left:
+            assert (self.two() if stage == "two" else self.finish(stage, self.top / stage)) == 0
+            self.left[stage] = artifacts(self.top / stage)
+        return self.left[stage]
 
 @pytest.fixture(scope="module")
-def undisturbed(launch, tmp_path_factory):
-    """undisturbed(stage) -> what an undisturbed run leaves; two processes are started beside the first tests."""
-    top, left = tmp_path_factory.mktemp("undisturbed"), {}
-    _, end = launch("two", top / "two")
-
-    def undisturbed(stage):
-        if stage not in left:
-            assert end() == 0 if stage == "two" else finish(launch, stage, top / stage) == 0
-            left[stage] = artifacts(top / stage)
-        return left[stage]
-    return undisturbed
-
-def finish(launch, stage, out, more=""):
-    """Go on in this process, or in two again; the exit code."""
-    more += " --resume" * (stage in ("run", "two") and (out / "run.json").exists())
-    if stage == "two":
-        return launch(stage, out, more)[1]()
-    args = launch.arguments(stage, out, more)
-    args = args[:args.index("--jobs")] if "--jobs" in args else args   # here one run after another
-    return go(args, evaluation.main if stage == "replies" else train.main)[0]
+def launcher(home, tmp_path_factory):
+    launcher = Launcher(home, tmp_path_factory.mktemp("undisturbed"))
+    yield launcher
+    launcher.undisturbed("two")
+    launcher.zygote.communicate()
 
 def artifacts(folder):
-    """{path: content} of a folder's files that a disturbed run must leave, too; logs less their timing."""
+    """{path: content} of the files that must be equal; a log less its timing."""
     found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.name in KEPT}
-    untimed = lambda row: {k: v for k, v in row.items() if k != "tokens_per_s"}
-    return {k: [untimed(json.loads(r)) for r in v.splitlines()] if k.endswith("log.jsonl") else v for k, v in found.items()}
+    untimed = lambda text: [json.loads(row) | dict(tokens_per_s=0) for row in text.splitlines()]
+    return {k: untimed(v) if k.endswith("log.jsonl") else v for k, v in found.items()}
 
 def alive(group, folder):
-    """Processes of a group, or with the folder in their command line, that run."""
+    """Processes that run, of a group or with the folder in their command line."""
     found = []
     for p in Path("/proc").glob("[0-9]*"):
         try:
-            state, _, its_group = (p / "stat").read_text().rpartition(")")[2].split()[:3]
-            ours = int(its_group) == group or str(folder).encode() + b"\0" in (p / "cmdline").read_bytes()
+            state, _, of = (p / "stat").read_text().rpartition(")")[2].split()[:3]
+            ours = int(of) == group or f"{folder}\0".encode() in (p / "cmdline").read_bytes()
         except OSError:                                # it has just ended
             continue
-        found += [p.name] * (ours and state != "Z")
+        found += [int(p.name)] * (ours and state != "Z")
     return found
 
-def disturb(launch, stage, out, sign, rng, more="", files=None):
+def disturb(launcher, stage, out, sign, rng, more="", files=None):
     """Send a signal at a random moment after one of the files is there; the exit code."""
-    name, (pid, end) = rng.choice(files or STAGES[stage][1]), launch(stage, out, more)
-    running, wait = lambda: Path(f"/proc/{pid}").exists(), rng.random() * .4
-    while name and running() and not any(out.glob(name)):
+    name, (pid, end) = rng.choice((files or STAGES[stage][1]).split(" ")), launcher.launch(stage, out, more)
+    while name and Path(f"/proc/{pid}").exists() and not any(out.glob(name)):
         time.sleep(.002)
-    time.sleep(wait)
-    if running():
+    time.sleep(rng.random() * .4)
+    if Path(f"/proc/{pid}").exists():
         os.kill(pid, sign)
-    code, gone = end(), time.monotonic() + 2
-    while alive(pid, out) and time.monotonic() < gone:
+    code, late = end(), time.monotonic() + 2
+    while alive(pid, out) and time.monotonic() < late:
         time.sleep(.02)
     left = alive(pid, out)
     for p in left:
-        os.kill(int(p), signal.SIGKILL)
+        os.kill(p, signal.SIGKILL)
     assert not left, "processes outlive their parent"
     return code
 
 @pytest.mark.parametrize("n", range(KILLS))
-def test_what_is_killed_goes_on_to_the_same_files(launch, undisturbed, tmp_path, n):
+def test_what_is_killed_goes_on_to_the_same_files(launcher, tmp_path, n):
     stage, rng, out = ORDER[n % 8], random.Random(n), tmp_path / "hurt"
-    while disturb(launch, stage, out, signal.SIGKILL, rng) != -signal.SIGKILL:         # it had ended already
+    while disturb(launcher, stage, out, signal.SIGKILL, rng) != -signal.SIGKILL:       # it had ended already
         shutil.rmtree(out)
-    assert finish(launch, stage, out) == 0
-    assert artifacts(out) == undisturbed(stage)
+    assert launcher.finish(stage, out) == 0
+    assert artifacts(out) == launcher.undisturbed(stage)
 
 @pytest.mark.parametrize("n", range(SIGNALS))
-def test_a_signal_saves_says_how_to_go_on_and_loses_nothing(launch, undisturbed, tmp_path, n):
-    sign, stage = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[n % 3], (["run"] * 3 + ORDER)[n % 9]
-    rng, out, more = random.Random(n), tmp_path / "hurt", "--save-every 1000" if stage == "run" else ""
-    code = disturb(launch, stage, out, sign, rng, more, dict(run=["log.jsonl"], table=STAGES["table"][1][2:3]).get(stage))
-    said = Path(f"{out}.err").read_text()
-    assert code == 128 + sign, said
-    assert len(said.split("\n")) <= 3 and len(said.strip().split("\n")) == 1 and "Traceback" not in said
+def test_a_signal_saves_says_how_to_go_on_and_loses_nothing(launcher, tmp_path, n):
+    sign = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[n % 3]
+    stage = "run run run table replies run".split()[n % 6]
+    out, more = tmp_path / "hurt", "--save-every 1000" if stage == "run" else ""
+    files = dict(run="log.jsonl", table="sails*/state.safetensors", replies="responses.jsonl")[stage]
+    code = disturb(launcher, stage, out, sign, random.Random(n), more, files)
+    said = Path(f"{out}.2").read_text()
+    assert code == 128 + sign and len(said.split("\n")) <= 3 and len(said.strip().split("\n")) == 1, said
     if stage == "run":
         with safe_open(out / "state.safetensors", "pt") as f:
             assert f.metadata()["step"] == str(len(data.read_rows(out / "log.jsonl"))) and "--resume" in said
-    assert finish(launch, stage, out, more) == 0
-    assert artifacts(out) == undisturbed(stage)
+    assert launcher.finish(stage, out, more) == 0
+    assert artifacts(out) == launcher.undisturbed(stage)
 
-def test_a_folder_in_use_is_refused_and_the_run_in_it_is_not_disturbed(launch, undisturbed, tmp_path):
-    out, args = tmp_path / "run", launch.arguments("run", tmp_path / "run")
-    _, end = launch("run", out)
+def test_a_folder_in_use_is_refused_and_the_run_in_it_is_not_disturbed(launcher, tmp_path):
+    out = tmp_path / "run"
+    _, end = launcher.launch("run", out)
     while not (out / "log.jsonl").exists():
         time.sleep(.01)
-    refused = [go(args + more) for more in ([], ["--resume"])]
+    refused = [go(launcher.arguments("run", out, more)) for more in ("", "--resume")]
     assert [(code, err.count("\n"), err[:7]) for code, _, err in refused] == [(2, 1, "error: ")] * 2
-    assert end() == 0 and artifacts(out) == undisturbed("run")
+    assert end() == 0 and artifacts(out) == launcher.undisturbed("run")
 
-def test_of_two_starts_at_once_one_runs_and_the_other_is_refused(launch, undisturbed, tmp_path):
-    both = [start(launch.arguments("run", tmp_path / "run"), tmp_path) for _ in "ab"]
+def test_of_two_starts_at_once_one_runs_and_the_other_is_refused(launcher, tmp_path):
+    both = [start(launcher.arguments("run", tmp_path / "run"), tmp_path) for _ in "ab"]
     said = [p.communicate(timeout=100)[1] for p in both]
     assert sorted(p.returncode for p in both) == [0, 2], said
-    assert all("Traceback" not in err and err.count("\n") <= 1 for err in said)
-    assert artifacts(tmp_path / "run") == undisturbed("run")
+    assert sorted(err[:7] for err in said) == ["", "error: "] and "Traceback" not in str(said)
+    assert artifacts(tmp_path / "run") == launcher.undisturbed("run")
 
-def test_a_closed_stderr_or_stdout_does_not_stop_training(launch, undisturbed, tmp_path):
-    shells = {}
-    for name, end in (("a", "2>&-"), ("b", "| head -1"), ("c", "2>&1 | true")):
-        line = f"{sys.executable} {TOP}/train.py {' '.join(launch.arguments('run', tmp_path / name))} {end}"
-        shells[name] = subprocess.Popen(["bash", "-c", line], env=os.environ | dict(OMP_NUM_THREADS="1"),
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    assert [p.wait(100) >= 0 for p in shells.values()] == [True] * 3
-    assert [name for name in shells if artifacts(tmp_path / name) != undisturbed("run")] == []
+def test_a_closed_stderr_or_stdout_does_not_stop_training(launcher, tmp_path):
+    args = " ".join([sys.executable, f"{TOP}/train.py", *launcher.arguments("run", "run-${#end}")])
+    both = f"for end in '2>&-' '2>&1 | head -1'; do eval OMP_NUM_THREADS=1 {args} $end & done; wait"
+    subprocess.run(["bash", "-c", both], cwd=tmp_path, capture_output=True, timeout=100)
+    left = [artifacts(tmp_path / name) for name in ("run-4", "run-14")]
+    assert left == [launcher.undisturbed("run")] * 2
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["zygote"]:
