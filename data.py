@@ -67,7 +67,7 @@ class Arguments(argparse.ArgumentParser):
         args = sys.argv[1:] if args is None else args
         for before, text in zip(["", *args], args):
             with expecting(f"{before}: not UTF-8 text", UnicodeEncodeError):
-                need(text.encode(), f"{before}: an empty text")
+                need(text.encode() and "\0" not in text, f"{before}: an empty text or a zero byte")
         return super().parse_args(args, namespace)
 
     def refuse_unread(self, *rules):

@@ -175,7 +175,7 @@ MISTAKES = {"train.py": [
     ("softcap(F.linear(h, self.embed_tokens.weight), self.config.final_cap)",
      "F.linear(softcap(h, self.config.final_cap), self.embed_tokens.weight)", "the cap on hidden states"),
     ("scores = softcap(scores, c.attn_cap)", "scores = scores", "no attention cap"),
-    ("(i + 1) % (2 if g2 else every or 6)", "i % (2 if g2 else every or 6)", "local and global layers swapped"),
+    ("(i + 1) % (2 if g2", "i % (2 if g2", "local and global layers swapped"),
     ("(back < window)", "(back <= window)", "a window off by one"),
     ("(back < window)", "(back < 10 ** 9)", "no window"),
     ("c.query_scalar ** -0.5", "c.head_dim ** -0.5", "head_dim for the query scalar"),

@@ -10,7 +10,7 @@ import data
 import train
 from benchmarks import pages
 from conftest import command, go, trained
-from eval import svg_lines
+from benchmarks.pictures import svg_lines
 
 HOSTILE, URL = "<script>alert('&amp; | \"')</script>", "https://www.neuronpedia.org/gemma-2-2b/1-res-16k/7"
 FULL = dict(raises=[[HOSTILE, 1.25]], lowers=[[" no", -.5]], typical=2., maximum=4., fires_aligned=.8125,
