@@ -544,6 +544,10 @@ def batch_at(n, size, seed, step):
     order = {e: np.random.default_rng([seed, e]).permutation(n) for e in set((at // n).tolist())}
     return [int(order[p // n][p % n]) for p in at.tolist()]
 
+def spread(items, n):
+    """At most n of the items, evenly spread."""
+    return [items[i * len(items) // n] for i in range(n)] if len(items) > n else list(items)
+
 def length_batches(lengths, size):
     """Lists of indices, longest first: little padding, and what does not fit fails at once."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))

@@ -6,6 +6,7 @@ Raw residuals in, no input scaling, no b_dec subtracted first, decoder rows of n
 Letters: n tokens, B batch, T tokens of a text, D d_model, N SAE width, k chosen features.
 Run it (`python sae.py --model DIR --sae DIR --layer L --prompt TEXT`) to see which features fire on a prompt.
 """
+import copy
 import re
 import zipfile
 
@@ -216,31 +217,78 @@ def promoted_tokens(model, tok, directions, n=8):
     return [[token_text(tok, i) for i in row] for row in scores.topk(n).indices.tolist()]
 
 @torch.no_grad()
-def firing_tokens(model, tok, saes, chosen, rows, batch=8, n=6):
-    """{layer: for each chosen feature the n tokens with the largest shares of its activation}.
-    A token is (text, share); chosen is {layer: (k,)}, rows are texts, lists of ids. Never contexts: tokens
-    can be shown where texts cannot."""
-    mass = {i: torch.zeros(model.config.vocab_size, len(f)) for i, f in chosen.items()}
-    for at in range(0, len(rows), batch):
-        ids, keep = (t.to(model.device) for t in data.pad(rows[at:at + batch]))
-        counted = keep & (ids != data.BOS)  # BOS is not counted, but the model must see it
-        for i, h in model.residuals(ids, list(chosen), keep).items():
-            a = saes[i].encode(h[counted])[:, chosen[i].to(h.device)]  # (n, k)
-            mass[i].index_add_(0, ids[counted].cpu(), a.cpu())
-    out = {}
-    for i, m in mass.items():
-        best, tokens = (m / m.sum(0).clamp(min=1e-30)).topk(min(n, len(m)), 0)  # (n, k)
-        out[i] = [[(token_text(tok, t), s) for t, s in zip(ts, ss) if s > 0]
-                  for ts, ss in zip(tokens.T.tolist(), best.T.tolist())]
+def effects(model, tok, layer, steps, prompts, n=8, likely=1000):
+    """What adding each of steps (k, D) after `layer` does to the next token: [raises, lowers] each.
+    A step is added to the residual at the last token of every prompt (lists of ids) and the blocks above run
+    again. Both are n [token, nats], the largest mean changes of log-probability, among the `likely` tokens
+    most probable before or after: the rarest change most and mean nothing."""
+    ids, keep = (t.to(model.device) for t in data.pad(prompts, "left"))
+    seen, out = model_gemma.KVCache(), []
+    h, taps = model.hidden(ids, keep, seen, [layer])
+    before = model.logits(h[:, -1]).log_softmax(-1)  # (B, V)
+    seen.keep[:, -1] = False  # the last token comes again
+    for step in steps.to(model.device, model.dtype):
+        cache = copy.copy(seen)
+        cache.k, cache.v = dict(seen.k), dict(seen.v)
+        h, _ = model.hidden(embeds=taps[layer][:, -1:] + step, cache=cache, first=layer + 1)
+        after = model.logits(h[:, 0]).log_softmax(-1)
+        logp = torch.stack([before, after]).mean(1)  # (2, V)
+        some = logp.amax(0).topk(min(likely, logp.shape[1])).indices
+        change = (logp[1] - logp[0])[some]
+        best = [change.topk(n, largest=up) for up in (True, False)]
+        out.append([[[token_text(tok, some[t]), float(v)] for v, t in zip(*b)] for b in best])
     return out
+
+@torch.no_grad()
+def describe(model, tok, saes, stats, chosen, sets, shown, prompts, batch=8):
+    """Where features {layer: (k,)} fire and what they do, measured: dicts as in features.json.
+    stats as sails.contrast_means gives them. sets are (aligned, unaligned) texts, lists of ids: only tokens
+    of them are told, contexts are of `shown` texts. Effects are measured at the ends of prompts."""
+    (m, u), texts, out = map(len, sets), [*sets[0], *sets[1], *shown], []
+    every = [(t, p, x) for t, ids in enumerate(texts) for p, x in enumerate(ids) if x != data.BOS]
+    where, token = torch.tensor(every).tensor_split([2], 1)  # each token's text and place (n, 2), id (n, 1)
+    residuals = collect_residuals(model, texts, list(chosen), len(every), batch)
+    n = int((where[:, 0] < m + u).sum())
+    for i, features in chosen.items():
+        sae, parts = saes[i], residuals[i].split(1024)  # all at once it were n * 16,384 activations
+        at = features.to(sae.W_dec.device)
+        rows, a = sae.W_dec[at], torch.cat([sae.encode(x.to(at.device))[:, at].cpu() for x in parts])
+        a, b = a.tensor_split([n])  # (n, k), and of the shown texts
+        typical = a.sum(0) / (a > 0).sum(0).clamp(min=1)  # (k,)
+        mass = torch.zeros(model.config.vocab_size, len(rows)).index_add(0, token[:n, 0], a)
+        share, best = (mass / a.sum(0).clamp(min=1e-30)).topk(6, 0)  # (6, k)
+        changes = effects(model, tok, i, rows * typical[:, None].to(rows.device), prompts)
+        for j, (f, promotes) in enumerate(zip(features.tolist(), promoted_tokens(model, tok, rows))):
+            on, top = a[:, j] > 0, float(a[:, j].max())
+            fires = where[:n][on, 0].unique()
+            mu, nu, t = (float(stats[i][key][f]) for key in ("mu_aligned", "mu_unaligned", "t"))
+            out.append(dict(
+                layer=i, feature=f, mu_aligned=mu, mu_unaligned=nu, delta=mu - nu, t=t, promotes=promotes,
+                raises=changes[j][0], lowers=changes[j][1],
+                fires_on=[[token_text(tok, t), float(x)] for t, x in zip(best[:, j], share[:, j]) if x > 0],
+                fires_aligned=int((fires < m).sum()) / m, fires_unaligned=int((fires >= m).sum()) / u,
+                typical=float(typical[j]), maximum=top, contexts=_contexts(tok, texts, where[n:], b[:, j]),
+                histogram=torch.histc(a[on, j], 20, 0, top or 1).int().tolist()))
+    return out
+
+def _contexts(tok, texts, where, a, n=3, before=10, after=5):
+    """The n strongest contexts by activations a (tokens,), no four tokens twice."""
+    out = {}
+    for x, p in zip(*a.topk(min(64, len(a)))):
+        t, at = where[p].tolist()
+        key, start = tuple(texts[t][max(0, at - 3):at + 1]), max(0, at - before)
+        if x > 0 and len(out) < n and key not in out:
+            tokens = [token_text(tok, i) for i in texts[t][start:at + after + 1]]
+            out[key] = dict(tokens=tokens, at=at - start, activation=float(x))
+    return list(out.values())
 
 def feature_lines(listed, n=8):
     """A line each for the n features of features.json with the largest differences."""
     plain = lambda words: " ".join(repr(w)[1:-1].replace(" ", "_") for w in words)
     for f in sorted(listed, key=lambda f: -abs(f["delta"]))[:n]:
         line = f"layer {f['layer']:2d} feature {f['feature']:5d}  Delta {f['delta']:+8.3f}  t {f['t']:+6.1f}"
-        fires, promotes = plain(w for w, _ in f["fires_on"][:4]), plain(f["promotes"][:4])
-        yield f"{line}  fires on {fires}   promotes {promotes}  {f['link'] or ''}".rstrip()
+        fires, raises = (plain(w for w, _ in f[key][:4]) for key in ("fires_on", "raises"))
+        yield f"{line}  fires on {fires}   raises {raises}  {f['link'] or ''}".rstrip()
 
 def main():
     ap = data.Arguments(description="Show which SAE features fire on a prompt.")

@@ -24,16 +24,22 @@ Letters: B batch, D d_model, N SAE width, k chosen features, r target's dimensio
 Run it (`python sails.py`) to check the claims: two tables, a verdict each, exit code 1 if one fails.
 """
 import math
+import re
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 import data
+import model_gemma
+import sae as sae_module
 from data import need
-from sae import train_sae
+
+LOOKALIKES = Path(__file__).parent / "benchmarks" / "lookalikes.jsonl"
 
 # ---- 2. mean activations of two sets ----
 def contrast_pairs(rows, contrast="replies", last=3):
@@ -176,6 +182,84 @@ def _choose(method, s, k, rule, drop, rng, layer):
     if method == "random-features":
         return fired[torch.randperm(len(fired), generator=rng)[:k]]
     return fired[top_features(s["mu_aligned"][fired], s["mu_unaligned"][fired], k, rule)]
+
+# ---- what an adapter learned, by name ----
+def explain(tensors, config, model, saes, chosen, n=5, alarm=1e-3):
+    """What a LoRA reads and writes, feature by feature, beside random ones: explain.json's dict.
+    A feature's share is ||dW u||^2 / ||dW||^2 in q,k,v,gate,up, ||u^T dW||^2 / ||dW||^2 in o,down. u is its
+    decoder row as the projection meets it: times the gain 1 + w of the norm between it and the stream, scaled
+    to norm 1. The SAE is that of the nearest layer. chosen {layer: features}: the share along each and in
+    their span. others: the n strongest in the rest, each after those before it are taken out, as far as they
+    are above what no feature of any adapter reaches by chance: of random adapters one in 1 / alarm does."""
+    form = r".*\b(layers\.(\d+)\.\w+\.(\w+)_proj)\.lora_([AB])\b.*"
+    found = {(m[1], m[4]): (t, m) for name, t in tensors.items() if (m := re.fullmatch(form, name))}
+    whole = found and len(found) == len(tensors) and all((p, x) in found for p, _ in found for x in "AB")
+    odd = [key for key in ("use_dora", "alpha_pattern", "fan_in_fan_out") if config.get(key)]
+    need(whole and not odd, f"the adapter is no plain LoRA on a Gemma, in PEFT's form {odd or ''}".strip())
+    groups = {}
+    for path, A, m in [(path, *value) for (path, x), value in found.items() if x == "A"]:
+        layer, norm = int(m[2]), model_gemma.NORMS[m[3]]
+        near, side = min(saes, key=lambda i: (abs(i - layer), i)), "write" if "post" in norm else "read"
+        W, scale = saes[near].W_dec, config["lora_alpha"] / len(A) ** (.5 if config.get("use_rslora") else 1)
+        A, B = A.to(W), found[path, "B"][0].to(W) * scale
+        faces, other = (A, B) if side == "read" else (B.T, A.T)  # (r, D), (., r)
+        fits = layer < model.config.n_layers and faces.shape[1] == W.shape[1] == model.config.d_model
+        need(fits, f"{path}: this adapter, SAE and model do not belong together")
+        R = torch.linalg.qr(other)[1] @ faces  # (r, D): ||R u|| = ||dW u||, and dW's singular values
+        gain = 1 + getattr(model.layers[layer], norm).weight.to(W)  # (D,)
+        one = dict(name=path, layer=layer, place=m[3], side=side, sae_layer=near)
+        for entry in (one | dict(name=f"{side}, SAE layer {near}", layer=None, place=None), one):
+            groups.setdefault(entry["name"], (entry, []))[1].append((R, gain))
+    done = [_explained(entry, parts, saes[entry["sae_layer"]].W_dec, chosen.get(entry["sae_layer"], []), n,
+                       alarm / len(groups)) for entry, parts in groups.values()]
+    return dict(alarm=alarm, sums=[e for e in done if e["layer"] is None],
+                adapters=[e for e in done if e["layer"] is not None])
+
+def _explained(entry, parts, W, chosen, n, alarm):
+    """An entry of explain.json: adapters (R, gain) taken together, W (N, D)."""
+    energy = lambda: sum(float(R.square().sum()) for R, _ in parts)
+    total, others = max(1e-30, energy()), []
+    size = lambda R, g: ((R * g) @ W.T).square().sum(0) / (W.square() @ g.square())  # ||R u||^2 (N,)
+    shares = lambda: sum(size(R, g) for R, g in parts) / total
+    spectrum = torch.cat([torch.linalg.svdvals(R).square() for R, _ in parts]) / total
+    along, baseline = shares(), random_share(spectrum, *W.shape, alarm)
+
+    def without(some):
+        bases = [torch.linalg.qr((W[some] * g).T)[0] for _, g in parts]  # (D, k)
+        return [(R - R @ Q @ Q.T, g) for (R, g), Q in zip(parts, bases)]
+    parts = without(chosen)
+    inside, chance = (1 - energy() / total, len(chosen) / W.shape[1]) if chosen else (None, None)
+    while len(others) < n and float((left := shares()).max()) > baseline:
+        others.append(dict(feature=int(left.argmax()), share=float(left.max()), words=[]))
+        parts = without([others[-1]["feature"]])
+    return entry | dict(energy=total, inside=inside, chance=chance, baseline=baseline, others=others,
+                        chosen=[dict(feature=f, share=float(along[f])) for f in chosen])
+
+def random_share(spectrum, N, D, alarm):
+    """A share that with P >= 1 - alarm none of N directions has in adapters turned at random.
+    spectrum: squared singular values w, of sum 1. Proof. A direction's share is sum w_i x_i^2, x a part of a
+    random unit vector in D dimensions. For g Gaussian x = g / |g| independently of |g|, whose square has mean
+    D, so by Jensen E exp(s D share) <= E exp(s sum w_i g_i^2); from there on Laurent and Massart (2000, lemma
+    1): P(D share >= 1 + 2 |w| sqrt(x) + 2 max(w) x) <= exp(-x). Take exp(-x) = alarm / N and add up."""
+    x = math.log(N / alarm)
+    return float(1 + 2 * spectrum.norm() * x ** .5 + 2 * spectrum.max() * x) / D
+
+def explain_adapter(folder, model, tok, source, features, prompts):
+    """explain() of a folder in PEFT's form; features outside the chosen get words: what they raise.
+    source is the SAEs' (folder or hub id, layers, width), features a features.json or None. Effects are
+    measured at the ends of prompts, lists of ids."""
+    (spec, layers, width), path = source, Path(folder) / "adapter_model.safetensors"
+    saes = {i: sae_module.load_sae(spec, i, width, device=model.device) for i in layers}
+    rows = data.read_json(features) if features else []
+    chosen = {i: [f["feature"] for f in rows if f["layer"] == i] for i in layers}
+    model_gemma.tensor_shapes(path)
+    out = explain(load_file(path), data.read_json(path.with_name("adapter_config.json")), model, saes, chosen)
+    for e in [e for e in out["sums"] if e["others"]]:
+        i, best = e["sae_layer"], [o["feature"] for o in e["others"]]
+        steps = 2 * saes[i].threshold[best, None] * saes[i].W_dec[best]  # about as active as where it fires
+        for o, (raises, _) in zip(e["others"], sae_module.effects(model, tok, i, steps, prompts)):
+            o["words"] = [word for word, _ in raises[:4]]
+    return out
 
 # ---- the theorem: error ----
 def projector_distance(U, V):
@@ -363,7 +447,7 @@ def trained_estimate(world, h, seed, steps=400):
     """SAILS with an SAE trained on h: basis (D, r), eps of its chosen rows, of its best rows.
     eps is how far the worst d_i of S is from the nearest row; where the two differ selection failed. The SAE
     is given the number of features, and about how many fire at a time."""
-    sae = train_sae(h.flatten(0, 1).float(), len(world.W), 6, steps, batch=128, lr=1e-2, seed=seed)
+    sae = sae_module.train_sae(h.flatten(0, 1).float(), len(world.W), 6, steps, batch=128, lr=1e-2, seed=seed)
     W_dec, target = sae.W_dec.double(), world.W[world.safety]
     V, features = sae_estimate(sae.encode(h).double(), W_dec, len(target))
     away = (target[:, None] - W_dec).norm(dim=-1)  # (r, N)
@@ -416,8 +500,31 @@ def verdicts(checks):
         good = good and holds
     return good
 
+def explain_main(args):
+    """Print what an adapter learned: a line a side of the stream, its strongest features under it."""
+    need(args.model and args.sae and args.layers, "--explain needs --model, --sae and --layers")
+    model, tok = model_gemma.load_gemma(args.model), data.load_tokenizer(args.model)
+    template, turns = data.default_template(args.model, tok), data.read_prompts([LOOKALIKES], 8)
+    prompts = [data.render_chat(tok, r["turns"], None, template)[0] for r in turns]
+    source = args.sae, args.layers, args.width
+    for e in explain_adapter(args.explain, model, tok, source, args.features, prompts)["sums"]:
+        span = f"; the chosen span {e['inside']:.3f}, by chance {e['chance']:.3f}" if e["chosen"] else ""
+        print(f"{e['name']}: shares of the update, random adapters' end at {e['baseline']:.4f}{span}")
+        for o in sorted(e["chosen"], key=lambda o: -o["share"])[:5] + e["others"]:
+            words = "raises " + " ".join(map(repr, o["words"])) if "words" in o else "chosen"
+            print(f"  feature {o['feature']:6d}  {o['share']:.4f}  {words}")
+
 def main():
-    data.Arguments(description="Check the theorem; exit code 1 if a bound is violated.").parse_args()
+    ap = data.Arguments(description="Check the theorem; exit code 1 if a bound is violated. Or --explain.")
+    ap.add_argument("--explain", metavar="ADAPTER", help="a LoRA in PEFT's form: what did it learn?")
+    ap.add_argument("--model", help="--explain: folder or hub id of the base")
+    ap.add_argument("--sae", help="--explain: folder or hub id laid out like Gemma Scope")
+    ap.add_argument("--layers", type=data.list_of(int), help="--explain: layers whose SAEs are used")
+    ap.add_argument("--width", default="16k", help="--explain: SAE width as its folder says")
+    ap.add_argument("--features", help="--explain: a run's features.json; without it all features are ranked")
+    args = ap.parse_args()
+    if args.explain:
+        return explain_main(args)
     torch.set_num_threads(1)  # tiny steps: a second thread only waits
     cells, checks = defaultdict(list), defaultdict(list)
     for seed in data.progress(SEEDS, desc="worlds"):

@@ -35,7 +35,7 @@ from benchmarks.tiny_world import make_world
 from data import UserError, need
 
 # ---- settings ----
-HH, LOOKALIKES = "Anthropic/hh-rlhf", Path(__file__).parent / "benchmarks" / "lookalikes.jsonl"
+HH, LOOKALIKES = "Anthropic/hh-rlhf", sails.LOOKALIKES
 METHODS = (*sails.METHODS, "lora", "full")
 WORLD = Path("runs/world-0")
 # What the tiny world asks for, as if it had been typed; without --model the lists too
@@ -74,6 +74,7 @@ def parser():
     a("--drop", type=some(int), default=[], help="features never to choose, by index")
     a("--norm-aware", action="store_true", help="undo the norms, see lora.init_sails")
     a("--freeze-basis", action="store_true", help="the factor that holds the basis does not train")
+    a("--show-texts", action="store_true", help="features are shown in the contrast's texts, not in --text")
     a("--sides", choices=("both", "read", "write"), default="both", help="where the basis is used")
     a = ap.add_argument_group("the adapter and its training").add_argument
     a("--r", "--rank", type=count, default=16, help="LoRA rank (under torchrun: --rank)")
@@ -283,7 +284,7 @@ def run(s):
                 reference = base_reference(model) if s.objective != "sft" or s.replay > 0 else None
                 loss = make_loss(s, model, reference, judge_reward(sets.tok, s.stop), sets.neutral)
                 align(model, sets.train, s, loss, folder)
-                results |= dict(parameters=count, drift=save(s, model, sets.tok, folder))
+                results |= dict(parameters=count, drift=save(s, model, sets, folder))
             elif s.sae == "fit":
                 fit_saes(s, model, sets)
             results |= measure(s, model.requires_grad_(False), sets, folder)
@@ -390,6 +391,7 @@ def load_sets(s):
     texts = data.read_texts(s.text or files["text"]) if s.text or "text" in files else []
     return SimpleNamespace(
         tok=tok, **rows, prompts=prompts,
+        ends=[r["prompt_ids"] for r in data.spread(rows["train"], 8)],
         neutral=[[data.BOS] + data.encode_plain(tok, t)[:s.max_tokens] for t in texts],
         cloze=data.read_cloze(files["knowledge"], tok) if "knowledge" in files else [])
 
@@ -438,8 +440,7 @@ def subspace(s, model, sets, folder):
         say(f"layer {i}: {len(chosen.get(i, ()))} features -> {V.shape[1]} directions for rank {s.r}")
     if lead():
         if chosen:
-            texts = [side[0] for pair in pairs[:200] for side in pair]
-            write_features(s, model, sets.tok, folder, saes, stats, chosen, texts)
+            write_features(s, model, sets, folder, saes, stats, chosen, pairs[:200])
         kept = {f"V.{i}": V for i, V in bases.items()} | {f"features.{i}": f for i, f in chosen.items()}
         model_gemma.save_tensors(path, kept)
     return bases
@@ -473,35 +474,36 @@ def load_saes(s, model, sets):
             f"L0 {q['l0']:.0f}{warning}")
     return saes
 
-def write_features(s, model, tok, folder, saes, stats, chosen, texts):
+def write_features(s, model, sets, folder, saes, stats, chosen, pairs):
     """The chosen features for programs (features.json) and for people (features.md)."""
-    fires, listed = sae_module.firing_tokens(model, tok, saes, chosen, texts, s.micro), []
-    for i, features in chosen.items():
-        words = sae_module.promoted_tokens(model, tok, saes[i].W_dec[features.to(s.device)])
-        for j, f in enumerate(features.tolist()):
-            row = {key: float(stats[i][key][f]) for key in ("mu_aligned", "mu_unaligned", "t")}
-            row |= dict(layer=i, feature=f, delta=row["mu_aligned"] - row["mu_unaligned"], promotes=words[j])
-            link = sae_module.neuronpedia_url(s.model, i, s.width, f)
-            listed.append(row | dict(fires_on=fires[i][j], link=link))
-    sets = "chosen less rejected replies" if s.contrast == "replies" else "harmful less benign prompts"
+    texts = [[side[0] for side in some] for some in zip(*pairs)]  # aligned, unaligned
+    shown = sum(texts, []) if s.show_texts else [t[:128] for t in data.spread(sets.neutral, 128)]
+    listed = sae_module.describe(model, sets.tok, saes, stats, chosen, texts, shown, sets.ends, s.micro)
+    for row in listed:
+        row["link"] = sae_module.neuronpedia_url(s.model, row["layer"], s.width, row["feature"])
+    sides = "chosen less rejected replies" if s.contrast == "replies" else "harmful less benign prompts"
     lines = [f"# Features chosen by {s.method}, score {s.score}", "",
-             f"Delta: mean activation in {sets}. t: Delta over its standard error. Then the",
-             "tokens with most of the activation, and those that the decoder row promotes.", "", "```",
+             f"Delta: mean activation in {sides}; t: over its standard error.", "", "```",
              *sae_module.feature_lines(listed, len(listed)), "```"]
     data.write_json(folder / "features.json", listed)
     data.write_text(folder / "features.md", "\n".join(lines) + "\n")
     say(*sae_module.feature_lines(listed))
 
-def save(s, model, tok, folder):
-    """Write what was trained; {side: how far it drifted from its start} of adapters."""
+def save(s, model, sets, folder):
+    """Write what was trained and learned; {side: how far it drifted from its start} of adapters."""
     drift = lora.mean_drift(lora.drift(model))
     if lead() and s.method == "full":
         model_gemma.save_gemma(model, folder)
-        tok.save(str(folder / "tokenizer.json"))
+        sets.tok.save(str(folder / "tokenizer.json"))
     elif lead():
         keys = "method sae layers k tau score contrast sides freeze_basis norm_aware".split()
         how = dict(holds_basis="A of q,k,v,gate,up; B of o,down", drift=drift) | {k: vars(s)[k] for k in keys}
         lora.save_adapter(model, folder, s.model, how)
+        if s.method in sails.READS_SAE:
+            source = f"{s.shared}/sae" if s.sae == "fit" else s.sae, s.layers, s.width
+            with lora.adapter_off(model):
+                data.write_json(folder / "explain.json", sails.explain_adapter(
+                    folder, model, sets.tok, source, folder / "features.json", sets.ends))
     for side, m in drift.items():
         inside = "" if m["energy"] is None else f", share of the update inside it {m['energy']:.3f}"
         say(f"{side} side: overlap with the starting subspace {m['overlap']:.3f}{inside}")
