@@ -218,7 +218,7 @@ def promoted_tokens(model, tok, directions, n=8):
 
 @torch.no_grad()
 def effects(model, tok, layer, steps, prompts, n=8, likely=1000):
-    """What adding each of steps (k, D) after `layer` does to the next token: [raises, lowers] each.
+    """What adding steps (k, D) after `layer` does to the next token: [raises, lowers] of each.
     A step is added to the residual at the last token of every prompt (lists of ids) and the blocks above run
     again. Both are n [token, nats], the largest mean changes of log-probability, among the `likely` tokens
     most probable before or after: the rarest change most and mean nothing."""
@@ -241,7 +241,7 @@ def effects(model, tok, layer, steps, prompts, n=8, likely=1000):
 
 @torch.no_grad()
 def describe(model, tok, saes, stats, chosen, sets, shown, prompts, batch=8):
-    """Where features {layer: (k,)} fire and what they do, measured: dicts as in features.json.
+    """Where features {layer: (k,)} fire and what they do: dicts as in features.json.
     stats as sails.contrast_means gives them. sets are (aligned, unaligned) texts, lists of ids: only tokens
     of them are told, contexts are of `shown` texts. Effects are measured at the ends of prompts."""
     (m, u), texts, out = map(len, sets), [*sets[0], *sets[1], *shown], []

@@ -245,9 +245,8 @@ def random_share(spectrum, N, D, alarm):
     return float(1 + 2 * spectrum.norm() * x ** .5 + 2 * spectrum.max() * x) / D
 
 def explain_adapter(folder, model, tok, source, features, prompts):
-    """explain() of a folder in PEFT's form; features outside the chosen get words: what they raise.
-    source is the SAEs' (folder or hub id, layers, width), features a features.json or None. Effects are
-    measured at the ends of prompts, lists of ids."""
+    """explain() of a folder in PEFT's form; `others` get words: the tokens that they raise.
+    source: the SAEs' (folder or hub id, layers, width). prompts: lists of ids, as effects takes them."""
     (spec, layers, width), path = source, Path(folder) / "adapter_model.safetensors"
     saes = {i: sae_module.load_sae(spec, i, width, device=model.device) for i in layers}
     rows = data.read_json(features) if features else []
@@ -501,7 +500,7 @@ def verdicts(checks):
     return good
 
 def explain_main(args):
-    """Print what an adapter learned: a line a side of the stream, its strongest features under it."""
+    """Print what an adapter learned: a line a side of the stream, strongest features under it."""
     need(args.model and args.sae and args.layers, "--explain needs --model, --sae and --layers")
     model, tok = model_gemma.load_gemma(args.model), data.load_tokenizer(args.model)
     template, turns = data.default_template(args.model, tok), data.read_prompts([LOOKALIKES], 8)

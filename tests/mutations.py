@@ -19,7 +19,8 @@ TOP = Path(__file__).resolve().parent.parent
 TESTS = {
     "data.py": "tokens eval tiny_world table train", "model_gemma.py": "gemma parity",
     "lora.py": "lora walk train",
-    "sae.py": "sae walk", "sails.py": "subspace contrast theory walk", "eval.py": "eval judges",
+    "sae.py": "sae walk explain", "sails.py": "subspace contrast theory walk explain",
+    "eval.py": "eval judges",
     "train.py": "objectives table train", "benchmarks/tiny_world.py": "tiny_world",
     "benchmarks/study.py": "studies", "benchmarks/gcg.py": "attack"}
 SLOW = ("batch[rank::machines]",)  # needs the tests marked slow
@@ -134,6 +135,10 @@ MISTAKES = {"train.py": [
     ("need(torch.allclose(norms", "need(True or torch.allclose(norms", "decoder rows of any norm"),
     ("(1 + model.norm.weight.float())", "1", "promoted tokens without the final gain"),
     ('(mean / std + p["b_dec"]) @', '(mean / std) @', "b_dec is not folded into b_enc"),
+    ("    seen.keep[:, -1] = False  # the last token comes again\n", "", "the last token is seen twice"),
+    ("first=layer + 1)", "first=layer)", "a block is run twice"),
+    ("where[n:], b[:, j])", "where[:n], a[:, j])", "contexts of harmful texts are shown"),
+    ("(fires >= m).sum()) / u", "(fires < m).sum()) / u", "one set's share for the other's"),
 ], "sails.py": [
     ("(2 * r) ** .5 * eps / sigma", "r ** .5 * eps / sigma", "sqrt(r) for sqrt(2r)"),
     ("((U - V @ (V.T @ U)) ** 2)", "((U + V @ (V.T @ U)) ** 2)", "a wrong projector sign"),
@@ -153,6 +158,10 @@ MISTAKES = {"train.py": [
     ("r).flip(1)  # largest first", "r)  # largest first", "raw PCA's weakest direction first"),
     ("return abs(r - r_s) ** .5", "return abs(r - r_s)", "the floor squared"),
     ("else (a - u) / u", "else (u - a) / u", "v1's sign"),
+    ("gain = 1 + getattr(", "gain = 1 + 0 * getattr(", "norms are ignored"),
+    ("parts = without([others[-1]", "parts = without([chosen[-1]", "an update's part counts twice"),
+    ('(A, B) if side == "read" else (B.T, A.T)', "(A, B)", "writers are taken for readers"),
+    ("1 + 2 * spectrum.norm()", "0 * spectrum.norm()", "the baseline is too low"),
 ], "lora.py": [
     ('(m.A, m.B) if m.side == "read" else (m.B, m.A)', '(m.A, m.B) if m.side == "write" else (m.B, m.A)',
      "the factors swapped"),

@@ -21,20 +21,18 @@ SAES, PLACES = {i: random_sae(i, D=96, N=200) for i in (0, 1)}, tuple(lora.PLACE
 CONFIG = dict(peft_type="LORA", r=5, lora_alpha=10)
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_an_effect_is_the_mean_change_when_the_step_is_added_to_a_whole_prompts_last_token(model, world, layer):
+def test_an_effect_is_the_change_when_the_step_is_added_to_a_whole_prompts_last_token(model, world, layer):
     step, changes = 3 * random_sae().W_dec[4], []
     for ids in map(torch.tensor, PROMPTS):
         h = model.residuals(ids[None], [layer])[layer]
         h[:, -1] += step
         after, _ = model.hidden(embeds=h, first=layer + 1)
-        changes.append((model.logits(after[0, -1]).log_softmax(-1) - model(ids[None])[0, -1].log_softmax(-1)))
+        changes.append(model.logits(after[0, -1]).log_softmax(-1) - model(ids[None])[0, -1].log_softmax(-1))
     mean = torch.stack(changes).mean(0)
     [[raises, lowers]] = sae_module.effects(model, world.tok, layer, step[None], PROMPTS, n=3)
     for told, best in ((raises, mean.topk(3)), (lowers, mean.topk(3, largest=False))):
         assert told == [[token_text(world.tok, t), pytest.approx(v, abs=1e-4)]
                         for t, v in zip(best.indices.tolist(), best.values.tolist())]
-    [[likely, _]] = sae_module.effects(model, world.tok, layer, step[None], PROMPTS, n=3, likely=3)
-    assert raises != likely                            # among the three likeliest tokens only
 
 @pytest.fixture(scope="module")
 def told(world):
@@ -69,17 +67,17 @@ def test_where_a_feature_fires_is_counted_on_the_two_sets(told, world):
 
 def test_contexts_are_the_strongest_of_the_shown_texts_none_twice(told, world):
     for row in told[1]:
-        values, seen = alone(told[0], SHOWN, row), {}
-        places = [(-a, t, p) for t, some in enumerate(values) for p, a in enumerate(some, 1) if a > 0]
-        for a, t, p in sorted(places):
-            seen.setdefault(tuple(SHOWN[t][max(0, p - 3):p + 1]), (-a, t, p))
-        for c, (a, t, p) in zip(row["contexts"], list(seen.values())[:3], strict=True):
-            words = [token_text(world.tok, i) for i in SHOWN[t]]
-            assert (c["activation"], c["tokens"][c["at"]]) == (pytest.approx(a, abs=1e-5), words[p])
-            assert "".join(c["tokens"]) in "".join(words)
+        seen = {}
+        for t, values in enumerate(alone(told[0], SHOWN, row)):
+            for p, a in enumerate(values, 1):
+                key, word = tuple(SHOWN[t][max(0, p - 3):p + 1]), token_text(world.tok, SHOWN[t][p])
+                seen[key] = max(seen.get(key, (0, word)), (a, word))
+        best = [pytest.approx(a, abs=1e-5) for a, _ in sorted(seen.values(), reverse=True)[:3] if a > 0]
+        assert [c["activation"] for c in row["contexts"]] == best
+        assert {c["tokens"][c["at"]] for c in row["contexts"]} <= {word for a, word in seen.values() if a > 0}
 
 def planted(features, seed, rank=5):
-    """A LoRA on both layers that reads and writes these rows of the SAEs as projections meet them, or noise."""
+    """A LoRA that reads and writes these features' rows as the projections meet them; None: noise."""
     model, gen = random_gemma(hidden_size=96), torch.Generator().manual_seed(100 + seed)  # no SAE's own
     lora.attach(model, PLACES, rank, 10)
     for _, m in lora.adapters(model):
@@ -88,20 +86,22 @@ def planted(features, seed, rank=5):
         if features is not None:
             g = 1 + getattr(model.layers[m.layer], model_gemma.NORMS[m.place]).weight
             rows = F.normalize(SAES[m.layer].W_dec[features] * g, dim=1)
-            (m.A if m.side == "read" else m.B).data.copy_(rows if m.side == "read" else rows.T)
+            (m.A if m.side == "read" else m.B.T).data.copy_(rows)
     return model, {name: p.detach() for name, p in lora._tensors(model).items()}
 
 def test_shares_energy_and_inside_equal_those_of_the_whole_update():
     model, tensors = planted(None, 3)
-    rows = {e["name"]: e for e in sails.explain(tensors, CONFIG, model, SAES, {0: [7, 8], 1: [9]})["adapters"]}
+    chosen = {0: [7, 8], 1: [9]}
+    rows = {e["name"]: e for e in sails.explain(tensors, CONFIG, model, SAES, chosen)["adapters"]}
     for name, m in lora.adapters(model):
-        dW, e = m.update().detach() if m.side == "read" else m.update().detach().T, rows[name]  # (., D)
+        e, dW = rows[name], m.update().detach()
+        dW = dW if m.side == "read" else dW.T          # (., D)
         gain = 1 + getattr(model.layers[m.layer], model_gemma.NORMS[m.place]).weight
-        u = F.normalize(SAES[m.layer].W_dec[[o["feature"] for o in e["chosen"]]] * gain, dim=1)
+        u = F.normalize(SAES[m.layer].W_dec[chosen[m.layer]] * gain, dim=1)
         want = (dW @ u.T).square().sum(0) / dW.square().sum()
         assert [o["share"] for o in e["chosen"]] == pytest.approx(want.tolist(), rel=1e-4)
         inside = (dW @ torch.linalg.qr(u.T)[0]).square().sum() / dW.square().sum()
-        assert (e["energy"], e["inside"]) == pytest.approx((float(dW.square().sum()), float(inside)), rel=1e-4)
+        assert [e["energy"], e["inside"]] == pytest.approx([float(dW.square().sum()), float(inside)], rel=1e-4)
         assert (e["side"], e["sae_layer"], e["chance"]) == (m.side, m.layer, len(u) / 96)
 
 def test_the_features_of_an_adapter_built_from_planted_ones_are_found():
@@ -119,29 +119,25 @@ def test_nothing_is_above_the_baseline_of_twenty_random_adapters():
         explained = sails.explain(tensors, CONFIG, model, SAES, {})
         assert [e["name"] for e in explained["sums"] + explained["adapters"] if e["others"]] == []
 
-@pytest.mark.parametrize("change, error", [
-    (dict(use_dora=True), r"no plain LoRA on a Gemma, in PEFT's form \['use_dora'\]"), ("B", "no plain LoRA"),
-    ("bert.encoder.lora_A.weight", "no plain LoRA"), (dict(D=24), "q_proj: this adapter, SAE and model do not")])
-def test_what_is_no_lora_on_this_model_is_refused(change, error):
+@pytest.mark.parametrize("change", [dict(use_dora=True), "lora_B", "lora_E", "D"])
+def test_what_is_no_lora_on_this_model_is_refused(change):
     model, tensors = planted(None, 0)
-    config = CONFIG | (change if isinstance(change, dict) else {})
-    if change == "B":
-        tensors.pop(next(name for name in tensors if "lora_B" in name))
-    elif isinstance(change, str):
-        tensors[change] = torch.zeros(5, 96)
-    with pytest.raises(data.UserError, match=error):
-        sails.explain(tensors, config, model, {0: random_sae()} if "D" in config else SAES, {})
+    config = CONFIG | change if isinstance(change, dict) else CONFIG
+    if change == "lora_B":                             # an A without its B; what is no part of a LoRA
+        tensors.pop(next(name for name in tensors if change in name))
+    tensors |= {f"layers.0.mlp.up_proj.{change}.weight": torch.zeros(5, 96)} if change == "lora_E" else {}
+    with pytest.raises(data.UserError, match="do not belong together" if change == "D" else "no plain LoRA"):
+        sails.explain(tensors, config, model, {0: random_sae()} if change == "D" else SAES, {})
 
 @pytest.fixture(scope="module")
 def run(home, tmp_path_factory):
     return trained(home, tmp_path_factory.mktemp("explained") / "run")
 
-def test_a_run_explains_itself_and_the_command_says_the_same_whoever_chose_the_features(run, home):
+def test_a_run_explains_itself_and_the_command_says_the_same_with_or_without_its_features(run, home):
     explained, features = (data.read_json(run.out / f"{name}.json") for name in ("explain", "features"))
-    assert [e["name"] for e in explained["sums"]] == [f"{s}, SAE layer {i}" for i in (0, 1) for s in ("read", "write")]
-    for e in explained["sums"]:
-        assert [o["feature"] for o in e["chosen"]] == [f["feature"] for f in features if f["layer"] == e["sae_layer"]]
-        assert e["inside"] > e["chance"] == 6 / 24
+    for e in explained["sums"] + explained["adapters"]:
+        mine = [f["feature"] for f in features if f["layer"] == e["sae_layer"]]
+        assert [o["feature"] for o in e["chosen"]] == mine and e["inside"] > e["chance"] == 6 / 24
     asked = f"--explain {run.out} --model {home.model} --sae {home.sae} --layers 0,1 --width 40".split()
     code, said, _ = go([*asked, "--features", run.out / "features.json"], sails.main)
     assert code == 0 and f"the chosen span {explained['sums'][0]['inside']:.3f}" in said
@@ -150,7 +146,7 @@ def test_a_run_explains_itself_and_the_command_says_the_same_whoever_chose_the_f
     assert go(asked[:4], sails.main)[::2] == (2, "error: --explain needs --model, --sae and --layers\n")
 
 def test_texts_of_the_contrast_are_shown_only_if_asked_for(run, home, tmp_path):
-    assert all(row["contexts"] == [] for row in data.read_json(run.out / "features.json"))  # no plain text there
+    assert all(row["contexts"] == [] for row in data.read_json(run.out / "features.json"))  # no --text
     shown = trained(home, tmp_path / "run", "--show-texts --steps 1 --layers 0").out
     assert any(row["contexts"] for row in data.read_json(shown / "features.json"))
 
@@ -162,7 +158,7 @@ def test_chosen_features_raise_refusal_words_more_than_others_that_fire(tmp_path
     for seed in (0, 1):
         rows, _ = data.encode(tok, data.read_pairs(tmp_path / f"data-{seed}" / "train.jsonl")[0], "tiny")
         ends = [r["prompt_ids"] for r in data.spread(rows, 8)]
-        pairs = sails.contrast_pairs([r for r in rows if r["label"] == "harmful"])         # refusals less answers
+        pairs = sails.contrast_pairs([r for r in rows if r["label"] == "harmful"])  # refusals, answers
         stats = sails.contrast_means(model, saes, pairs)
         mu = [stats[2][key] for key in ("mu_aligned", "mu_unaligned")]
         fires, sides = (sum(mu) > 0).nonzero()[:, 0], [[ids for ids, _ in side] for side in zip(*pairs)]
