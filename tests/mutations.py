@@ -161,7 +161,7 @@ MISTAKES = {"train.py": [
     ("gain = 1 + getattr(", "gain = 1 + 0 * getattr(", "norms are ignored"),
     ("parts = without([others[-1]", "parts = without([chosen[-1]", "an update's part counts twice"),
     ('(A, B) if side == "read" else (B.T, A.T)', "(A, B)", "writers are taken for readers"),
-    ("1 + 2 * spectrum.norm()", "0 * spectrum.norm()", "the baseline is too low"),
+    ("x = math.log(N / alarm)", "x = 0.", "the baseline is the mean of chance"),
 ], "lora.py": [
     ('(m.A, m.B) if m.side == "read" else (m.B, m.A)', '(m.A, m.B) if m.side == "write" else (m.B, m.A)',
      "the factors swapped"),

@@ -101,7 +101,8 @@ def test_shares_energy_and_inside_equal_those_of_the_whole_update():
         want = (dW @ u.T).square().sum(0) / dW.square().sum()
         assert [o["share"] for o in e["chosen"]] == pytest.approx(want.tolist(), rel=1e-4)
         inside = (dW @ torch.linalg.qr(u.T)[0]).square().sum() / dW.square().sum()
-        assert [e["energy"], e["inside"]] == pytest.approx([float(dW.square().sum()), float(inside)], rel=1e-4)
+        want = [float(dW.square().sum()), float(inside)]
+        assert [e["energy"], e["inside"]] == pytest.approx(want, rel=1e-4)
         assert (e["side"], e["sae_layer"], e["chance"]) == (m.side, m.layer, len(u) / 96)
 
 def test_the_features_of_an_adapter_built_from_planted_ones_are_found():
