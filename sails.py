@@ -21,7 +21,7 @@ The theorem, as proved here (the full text was not at hand; its constants may di
     neurons too, and PCA, which returns r of them, is not under it. "Semantic entanglement" as the reason why
     LoRA "underperforms" has no counterpart: below is what it does to PCA.
 Letters: B batch, D d_model, N SAE width, k chosen features, r target's dimension, n samples, m true features.
-Run it (`python sails.py`) to check the claims: two tables, a verdict each, exit code 1 if one fails.
+Run it (`python sails.py`) to check the claims, exit code 1 if one fails; --explain: what a LoRA learned.
 """
 import math
 import re
@@ -251,6 +251,8 @@ def explain_adapter(folder, model, tok, source, features, prompts):
     saes = {i: sae_module.load_sae(spec, i, width, device=model.device) for i in layers}
     rows = data.read_json(features) if features else []
     chosen = {i: [f["feature"] for f in rows if f["layer"] == i] for i in layers}
+    known = all(f["layer"] in saes and f["feature"] < len(saes[f["layer"]].W_dec) for f in rows)
+    need(known, f"{features}: chosen from other SAEs; give all of its layers, and its width")
     model_gemma.tensor_shapes(path)
     out = explain(load_file(path), data.read_json(path.with_name("adapter_config.json")), model, saes, chosen)
     for e in [e for e in out["sums"] if e["others"]]:
