@@ -24,10 +24,6 @@ from data import UserError, need
 PLACES = dict(q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj", o="self_attn.o_proj",
               gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj")
 WRITERS = ("o", "down")
-# the norm between the residual stream and a projection: it scales what is read and what is written
-NORMS = dict.fromkeys("qkv", "input_layernorm") | dict(
-    o="post_attention_layernorm", gate="pre_feedforward_layernorm", up="pre_feedforward_layernorm",
-    down="post_feedforward_layernorm")
 
 class LoRALinear(nn.Module):
     """A frozen linear layer and its adapter A (r, in), B (out, r), in fp32 for any dtype.
@@ -108,7 +104,7 @@ def init_sails(model, bases, seed=0, freeze=False, norm_aware=False, sides=("rea
         if m.side not in sides:
             continue
         if norm_aware:
-            gain = 1 + getattr(model.layers[m.layer], NORMS[m.place]).weight.float()  # (D,)
+            gain = 1 + getattr(model.layers[m.layer], model_gemma.NORMS[m.place]).weight.float()  # (D,)
             # where the norm all but shuts (1 to 3 % of Gemma 3 270M) 1 / gain would leave nothing else in V
             V = torch.where(gain.abs()[:, None] > .05 * gain.abs().median(), V / gain[:, None], 0.)
             V = V * (m.r ** .5 / V.norm())  # the total size of V, so that step sizes stay comparable

@@ -25,6 +25,11 @@ from data import UserError, expecting, need
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+# the norm between the residual stream and a projection: it scales what is read and what is written
+NORMS = dict.fromkeys("qkv", "input_layernorm") | dict(
+    o="post_attention_layernorm", gate="pre_feedforward_layernorm", up="pre_feedforward_layernorm",
+    down="post_feedforward_layernorm")
+
 # ---- config ----
 def config_from_json(raw):
     """A model's shape from config.json's dict, in transformers' old and new spellings.
@@ -235,13 +240,15 @@ class Gemma(nn.Module):
         # rounded to the dtype on purpose, as the model was trained: in bf16 59.87 becomes 59.75 for the 9B
         return h * torch.tensor(self.config.d_model ** 0.5, dtype=table.dtype)
 
-    def hidden(self, ids=None, keep=None, cache=None, taps=(), embeds=None, last=None, want=None):
+    def hidden(self, ids=None, keep=None, cache=None, taps=(), embeds=None, last=None, want=None,
+               first=0):
         """Run the blocks: h (B, T, D) after the final norm, and {layer: residual (B, T, D)} of taps.
         ids     (B, T) token ids, or embeds (B, T, D) as embed() gives them
         keep    (B, T) bool, False on padding (either side); None: no padding
         cache   KVCache to read from and append to
         taps    layers whose output is wanted: the residual stream after that block, as SAEs read it
         last    stop after this layer and return its residual, not normed
+        first   start at this layer, with embeds as what it reads: the residual after the one below
         want    (B, T) bool: only these positions come back, (n, D); the last block's MLP skips all others"""
         c = self.config
         h = self.embed(ids) if embeds is None else embeds
@@ -252,7 +259,7 @@ class Gemma(nn.Module):
         rope = {theta: rope_table(pos, c.head_dim, theta, h.dtype) for theta in set(c.theta.values())}
         masks = {x: attend_mask(pos, pos_k, keep_k, c.window if x else None) for x in set(c.local)}
         residuals = {}
-        for i, block in enumerate(self.layers):
+        for i, block in enumerate(self.layers[first:], first):
             cos, sin = rope[c.theta[c.local[i]]]
             args = h, cos, sin, masks[c.local[i]], cache, want if i == c.n_layers - 1 else None
             if self.checkpointing and torch.is_grad_enabled():

@@ -223,22 +223,25 @@ def promoted_tokens(model, tok, directions, n=8):
     return [[token_text(tok, i) for i in row] for row in scores.topk(n).indices.tolist()]
 
 @torch.no_grad()
-def firing_tokens(model, tok, saes, chosen, rows, batch=8, n=6):
-    """{layer: for each chosen feature the n tokens with the largest shares of its activation}.
-    A token is (text, share); chosen is {layer: (k,)}, rows are texts, lists of ids. Never contexts: tokens
-    can be shown where texts cannot."""
-    mass = {i: torch.zeros(model.config.vocab_size, len(f)) for i, f in chosen.items()}
-    for at in range(0, len(rows), batch):
-        ids, keep = (t.to(model.device) for t in data.pad(rows[at:at + batch]))
-        counted = keep & (ids != data.BOS)  # BOS is not counted, but the model must see it
-        for i, h in model.residuals(ids, list(chosen), keep).items():
-            a = saes[i].encode(h[counted])[:, chosen[i].to(h.device)]  # (n, k)
-            mass[i].index_add_(0, ids[counted].cpu(), a.cpu())
-    out = {}
-    for i, m in mass.items():
-        best, tokens = (m / m.sum(0).clamp(min=1e-30)).topk(min(n, len(m)), 0)  # (n, k)
-        out[i] = [[(token_text(tok, t), s) for t, s in zip(ts, ss) if s > 0]
-                  for ts, ss in zip(tokens.T.tolist(), best.T.tolist())]
+def effects(model, tok, layer, steps, prompts, n=8, likely=1000):
+    """What adding steps (k, D) after `layer` does to the next token: [raises, lowers] of each.
+    A step is added to the residual at the last token of every prompt (lists of ids) and the blocks above run
+    again. Both are n [token, nats], the largest mean changes of log-probability, among the `likely` tokens
+    most probable before or after: the rarest change most and mean nothing."""
+    ids, keep = (t.to(model.device) for t in data.pad(prompts, "left"))
+    seen, out = model_gemma.KVCache(), []
+    h, taps = model.hidden(ids, keep, seen, [layer])
+    before = model.logits(h[:, -1]).log_softmax(-1)  # (B, V)
+    seen["keep"][:, -1] = False  # the last token comes again
+    for step in steps.to(model.device, model.dtype):
+        again = taps[layer][:, -1:] + step
+        h, _ = model.hidden(embeds=again, cache=model_gemma.KVCache(seen), first=layer + 1)
+        after = model.logits(h[:, 0]).log_softmax(-1)
+        logp = torch.stack([before, after]).mean(1)  # (2, V)
+        some = logp.amax(0).topk(min(likely, logp.shape[1])).indices
+        change = (logp[1] - logp[0])[some]
+        best = [change.topk(n, largest=up) for up in (True, False)]
+        out.append([[[token_text(tok, some[t]), float(v)] for v, t in zip(*b)] for b in best])
     return out
 
 def feature_lines(listed, n=8):
@@ -246,8 +249,8 @@ def feature_lines(listed, n=8):
     plain = lambda words: " ".join(repr(w)[1:-1].replace(" ", "_") for w in words)
     for f in sorted(listed, key=lambda f: -abs(f["delta"]))[:n]:
         line = f"layer {f['layer']:2d} feature {f['feature']:5d}  Delta {f['delta']:+8.3f}  t {f['t']:+6.1f}"
-        fires, promotes = plain(w for w, _ in f["fires_on"][:4]), plain(f["promotes"][:4])
-        yield f"{line}  fires on {fires}   promotes {promotes}  {f['link'] or ''}".rstrip()
+        fires, raises = (plain(w for w, _ in f[key][:4]) for key in ("fires_on", "raises"))
+        yield f"{line}  fires on {fires}   raises {raises}  {f['link'] or ''}".rstrip()
 
 def main():
     ap = data.Arguments(description="Show which SAE features fire on a prompt.")

@@ -30,11 +30,11 @@ import lora
 import model_gemma
 import sae as sae_module
 import sails
-from benchmarks import pages, tiny_world
+from benchmarks import explain, pages, tiny_world
 from data import UserError, lead, need, say, together
 
 # ---- settings ----
-HH, LOOKALIKES = "Anthropic/hh-rlhf", Path(__file__).parent / "benchmarks" / "lookalikes.jsonl"
+HH, LOOKALIKES = "Anthropic/hh-rlhf", explain.LOOKALIKES
 METHODS = (*sails.METHODS, "lora", "full")
 WORLD = Path("runs/world-0")
 # What the tiny world asks for, as if it had been typed; without --model the lists too
@@ -73,6 +73,7 @@ def parser():
     a("--drop", type=some(int), default=[], help="features never to choose, by index")
     a("--norm-aware", action="store_true", help="undo the norms, see lora.init_sails")
     a("--freeze-basis", action="store_true", help="the factor that holds the basis does not train")
+    a("--show-texts", action="store_true", help="features are shown in the contrast's texts, not in --text")
     a("--sides", choices=("both", "read", "write"), default="both", help="where the basis is used")
     a = ap.add_argument_group("the adapter and its training").add_argument
     a("--r", "--rank", type=count, default=16, help="LoRA rank (under torchrun: --rank)")
@@ -292,7 +293,7 @@ def run(s):
                 reference = base_reference(model) if s.objective != "sft" or s.replay > 0 else None
                 loss = make_loss(s, model, reference, judge_reward(sets.tok, s.stop), sets.neutral)
                 align(model, sets.train, s, loss, folder)
-                results |= dict(parameters=count, drift=save(s, model, sets.tok, folder))
+                results |= dict(parameters=count, drift=save(s, model, sets, folder))
             elif s.sae == "fit":
                 fit_saes(s, model, sets)
             results |= measure(s, model.requires_grad_(False), sets, folder)
@@ -452,8 +453,7 @@ def subspace(s, model, sets, folder):
         say(f"layer {i}: {len(chosen.get(i, ()))} features -> {V.shape[1]} directions for rank {s.r}")
     if lead():
         if chosen:
-            texts = [side[0] for pair in pairs[:200] for side in pair]
-            write_features(s, model, sets.tok, folder, saes, stats, chosen, texts)
+            explain.write_features(s, model, sets, folder, saes, stats, chosen, pairs[:200])
         kept = {f"V.{i}": V for i, V in bases.items()} | {f"features.{i}": f for i, f in chosen.items()}
         kept |= {f"rows.{i}": saes[i].W_dec[f.to(s.device)] for i, f in chosen.items()}
         model_gemma.save_tensors(path, kept)
@@ -488,35 +488,21 @@ def load_saes(s, model, sets):
             f"L0 {q['l0']:.0f}{warning}")
     return saes
 
-def write_features(s, model, tok, folder, saes, stats, chosen, texts):
-    """The chosen features for programs (features.json) and for people (features.md)."""
-    fires, listed = sae_module.firing_tokens(model, tok, saes, chosen, texts, s.micro), []
-    for i, features in chosen.items():
-        words = sae_module.promoted_tokens(model, tok, saes[i].W_dec[features.to(s.device)])
-        for j, f in enumerate(features.tolist()):
-            row = {key: float(stats[i][key][f]) for key in ("mu_aligned", "mu_unaligned", "t")}
-            row |= dict(layer=i, feature=f, delta=row["mu_aligned"] - row["mu_unaligned"], promotes=words[j])
-            link = sae_module.neuronpedia_url(s.model, i, s.width, f)
-            listed.append(row | dict(fires_on=fires[i][j], link=link))
-    sets = "chosen less rejected replies" if s.contrast == "replies" else "harmful less benign prompts"
-    lines = [f"# Features chosen by {s.method}, score {s.score}", "",
-             f"Delta: mean activation in {sets}. t: Delta over its standard error. Then the",
-             "tokens with most of the activation, and those that the decoder row promotes.", "", "```",
-             *sae_module.feature_lines(listed, len(listed)), "```"]
-    data.write_json(folder / "features.json", listed)
-    data.write_text(folder / "features.md", "\n".join(lines) + "\n")
-    say(*sae_module.feature_lines(listed))
-
-def save(s, model, tok, folder):
-    """Write what was trained; {side: how far it drifted from its start} of adapters."""
+def save(s, model, sets, folder):
+    """Write what was trained and learned; {side: how far it drifted from its start} of adapters."""
     drift = lora.mean_drift(lora.drift(model))
     if lead() and s.method == "full":
         model_gemma.save_gemma(model, folder)
-        tok.save(str(folder / "tokenizer.json"))
+        sets.tok.save(str(folder / "tokenizer.json"))
     elif lead():
         keys = "method sae layers k tau score contrast sides freeze_basis norm_aware".split()
         how = dict(holds_basis="A of q,k,v,gate,up; B of o,down", drift=drift) | {k: vars(s)[k] for k in keys}
         lora.save_adapter(model, folder, s.model, how)
+        if s.method in sails.READS_SAE:
+            source = f"{s.shared}/sae" if s.sae == "fit" else s.sae, s.layers, s.width
+            with lora.adapter_off(model):
+                data.write_json(folder / "explain.json", explain.explain_adapter(
+                    folder, model, sets.tok, source, folder / "features.json", explain.ends(sets)))
     for side, m in drift.items():
         inside = "" if m["energy"] is None else f", share of the update inside it {m['energy']:.3f}"
         say(f"{side} side: overlap with the starting subspace {m['overlap']:.3f}{inside}")

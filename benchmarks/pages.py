@@ -264,6 +264,6 @@ def explained(folder):
             "chosen features": ", ".join(f"{c['feature']}: {c['share']:.1%}" for c in top[:4]) or "none",
             "others": ", ".join(f"{o['feature']}: {o['share']:.1%} {' '.join(map(visible, o['words'][:4]))}"
                                 for o in e["others"][:4]) or "none"}
-    baseline = (f"The baseline is from {found['draws']} random adapters with the same singular values; one "
-                f"passes it, for any feature of any adapter, with probability {found['alarm']:g}.")
+    baseline = (f"Of random adapters with the same singular values one passes that, for any feature of any "
+                f"adapter, with a probability of at most {found['alarm']:g} (sails.random_share).")
     return html_table(markdown("side and SAE layer", rows)) + f'<p class="note">{baseline}</p>'

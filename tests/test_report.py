@@ -43,7 +43,7 @@ def both(home, tmp_path_factory):
     e = dict(name="read", side="read", sae_layer=0, inside=.625, chance=.25, baseline=.04,
              chosen=[dict(feature=best["feature"], share=.375)],
              others=[dict(feature=3, share=.1, words=[HOSTILE])])
-    data.write_json(run.out / "explain.json", dict(draws=20, alarm=.001, sums=[e]))
+    data.write_json(run.out / "explain.json", dict(alarm=.001, sums=[e]))
     runs = [SimpleNamespace(out=run.out / name) for name in ("base", "")]
     said = go(command(home, many, f"{more} --method lora,sails --seed 0,1"))[1]
     return [(run.out, run.said, Page(pages.write_pages(run.out, runs))),

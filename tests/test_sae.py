@@ -1,5 +1,4 @@
 """sae.py: the published form exactly, both containers and spellings, refusals, training, measures."""
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -153,17 +152,3 @@ def test_promoted_tokens_are_those_whose_logits_the_direction_raises_most(model,
     raised = F.linear(rows * (1 + model.norm.weight), model.embed_tokens.weight).argsort(descending=True)
     for words, best in zip(sae_module.promoted_tokens(model, world.tok, rows, 5), raised.tolist()):
         assert words == [token_text(world.tok, i) for i in best[:5]]
-
-@pytest.mark.parametrize("batch", [1, 8])
-def test_firing_tokens_are_shares_of_a_features_activation_by_token(model, world, batch):
-    saes, chosen = {0: random_sae(0), 1: random_sae(1)}, {0: torch.tensor([3, 17]), 1: torch.tensor([5, 6])}
-    saes[1].threshold[6] = 1e9                         # a feature that never fires
-    got = sae_module.firing_tokens(model, world.tok, saes, chosen, ROWS, batch, n=4)
-    for i, features in chosen.items():
-        for f, told in zip(features.tolist(), got[i]):
-            mass = Counter()
-            for row, h in zip(ROWS, alone(model, i)):
-                for t, a in zip(row[1:], saes[i].encode(h)[:, f].tolist()):
-                    mass[token_text(world.tok, t)] += a
-            best = [(w, m / mass.total()) for w, m in mass.most_common(4) if m > 0]
-            assert told == [(w, pytest.approx(share, abs=1e-5)) for w, share in best]

@@ -54,7 +54,8 @@ def test_a_run_leaves_its_files_and_nothing_half_written(run):
     assert names(run.out / "base") == measured
     assert names(run.out) == measured | {
         "base", "features.json", "features.md", "subspace.safetensors", "adapter_model.safetensors",
-        "adapter_config.json", "sails.json", "log.jsonl", "state.safetensors", "table.md", "report.html"}
+        "adapter_config.json", "sails.json", "explain.json", "log.jsonl", "state.safetensors", "table.md",
+        "report.html"}
 
 def test_a_run_notes_its_settings_and_a_line_a_step_and_prints_its_table(run, home):
     noted, rows = data.read_json(run.out / "run.json"), log(run.out)

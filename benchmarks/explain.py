@@ -1,0 +1,134 @@
+"""explain.py - features.json, features.md, explain.json: what features do, what an adapter learned.
+
+    python sails.py --explain ADAPTER --model M --sae S --layers L [--width W] [--features RUN/features.json]
+
+prints the latter for any LoRA in PEFT's form. The measures are in sae.py (effects) and sails.py (explain).
+"""
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+import lora
+import model_gemma
+import sae as sae_module
+import sails
+from data import need
+from sae import promoted_tokens, token_text
+
+LOOKALIKES = Path(__file__).parent / "lookalikes.jsonl"
+
+def spread(items, n):
+    """At most n of the items, evenly spread."""
+    return [items[i * len(items) // n] for i in range(n)] if len(items) > n else list(items)
+
+def ends(sets):
+    """Eight prompts of training examples, at whose ends effects are measured."""
+    return [r["prompt_ids"] for r in spread(sets.train, 8)]
+
+# ---- features ----
+def write_features(s, model, sets, folder, saes, stats, chosen, pairs):
+    """The chosen features for programs (features.json) and for people (features.md)."""
+    texts = [[side[0] for side in some] for some in zip(*pairs)]  # aligned, unaligned
+    shown = sum(texts, []) if s.show_texts else [t[:128] for t in spread(sets.neutral, 128)]
+    listed = describe(model, sets.tok, saes, stats, chosen, texts, shown, ends(sets), s.micro)
+    for row in listed:
+        row["link"] = sae_module.neuronpedia_url(s.model, row["layer"], s.width, row["feature"])
+    sides = "chosen less rejected replies" if s.contrast == "replies" else "harmful less benign prompts"
+    lines = [f"# Features chosen by {s.method}, score {s.score}", "",
+             f"Delta: mean activation in {sides}; t: over its standard error.", "", "```",
+             *sae_module.feature_lines(listed, len(listed)), "```"]
+    data.write_json(folder / "features.json", listed)
+    data.write_text(folder / "features.md", "\n".join(lines) + "\n")
+    data.say(*sae_module.feature_lines(listed))
+
+@torch.no_grad()
+def describe(model, tok, saes, stats, chosen, sets, shown, prompts, batch=8):
+    """Where features {layer: (k,)} fire and what they do: dicts as in features.json.
+    stats as sails.contrast_means gives them. sets are (aligned, unaligned) texts, lists of ids: only tokens
+    of them are told, contexts are of `shown` texts. Effects are measured at the ends of prompts."""
+    (m, u), texts, out = map(len, sets), [*sets[0], *sets[1], *shown], []
+    every = [(t, p, x) for t, ids in enumerate(texts) for p, x in enumerate(ids) if x != data.BOS]
+    where, token = torch.tensor(every).tensor_split([2], 1)  # each token's text and place (n, 2), id (n, 1)
+    residuals = sae_module.collect_residuals(model, texts, list(chosen), len(every), batch)
+    n = int((where[:, 0] < m + u).sum())
+    for i, features in chosen.items():
+        sae, parts = saes[i], residuals[i].split(1024)  # all at once it were n * 16,384 activations
+        at = features.to(sae.W_dec.device)
+        rows, a = sae.W_dec[at], torch.cat([sae.encode(x.to(at.device))[:, at].cpu() for x in parts])
+        a, b = a.tensor_split([n])  # (n, k), and of the shown texts
+        typical = a.sum(0) / (a > 0).sum(0).clamp(min=1)  # (k,)
+        mass = torch.zeros(model.config.vocab_size, len(rows)).index_add(0, token[:n, 0], a)
+        share, best = (mass / a.sum(0).clamp(min=1e-30)).topk(6, 0)  # (6, k)
+        changes = sae_module.effects(model, tok, i, rows * typical[:, None].to(rows.device), prompts)
+        for j, (f, promotes) in enumerate(zip(features.tolist(), promoted_tokens(model, tok, rows))):
+            on, top = a[:, j] > 0, float(a[:, j].max())
+            fires = where[:n][on, 0].unique()
+            mu, nu, t = (float(stats[i][key][f]) for key in ("mu_aligned", "mu_unaligned", "t"))
+            out.append(dict(
+                layer=i, feature=f, mu_aligned=mu, mu_unaligned=nu, delta=mu - nu, t=t, promotes=promotes,
+                raises=changes[j][0], lowers=changes[j][1],
+                fires_on=[[token_text(tok, t), float(x)] for t, x in zip(best[:, j], share[:, j]) if x > 0],
+                fires_aligned=int((fires < m).sum()) / m, fires_unaligned=int((fires >= m).sum()) / u,
+                typical=float(typical[j]), maximum=top, contexts=_contexts(tok, texts, where[n:], b[:, j]),
+                histogram=torch.histc(a[on, j], 20, 0, top or 1).int().tolist()))
+    return out
+
+def _contexts(tok, texts, where, a, n=3, before=10, after=5):
+    """The n strongest contexts by activations a (tokens,), no four tokens twice."""
+    out = {}
+    for x, p in zip(*a.topk(min(64, len(a)))):
+        t, at = where[p].tolist()
+        key, start = tuple(texts[t][max(0, at - 3):at + 1]), max(0, at - before)
+        if x > 0 and len(out) < n and key not in out:
+            tokens = [token_text(tok, i) for i in texts[t][start:at + after + 1]]
+            out[key] = dict(tokens=tokens, at=at - start, activation=float(x))
+    return list(out.values())
+
+# ---- adapters ----
+def explain_adapter(folder, model, tok, source, features, prompts):
+    """sails.explain of a folder in PEFT's form; `others` get words: the tokens that they raise.
+    source: the SAEs' (folder or hub id, layers, width). prompts: lists of ids, as sae.effects takes them."""
+    (spec, layers, width), (config, tensors) = source, lora.read_adapter(folder)
+    saes = {i: sae_module.load_sae(spec, i, width, device=model.device) for i in layers}
+    rows = data.read_json(features) if features else []
+    need(isinstance(rows, list), f"{features}: wanted a list, as a run's features.json is")
+    for f in rows:
+        data.check(f, features, layer=int, feature=range(2**31))
+        known = f["layer"] in saes and f["feature"] < len(saes[f["layer"]].W_dec)
+        need(known, f"{features}: chosen from other SAEs; give all of its layers, and its width")
+    chosen = {i: [f["feature"] for f in rows if f["layer"] == i] for i in layers}
+    out = sails.explain(tensors, config, model, saes, chosen)
+    for e in [e for e in out["sums"] if e["others"]]:
+        i, best = e["sae_layer"], [o["feature"] for o in e["others"]]
+        steps = 2 * saes[i].threshold[best, None] * saes[i].W_dec[best]  # about as active as where it fires
+        for o, (raises, _) in zip(e["others"], sae_module.effects(model, tok, i, steps, prompts)):
+            o["words"] = [word for word, _ in raises[:4]]
+    return out
+
+def parser():
+    """Every setting of `python sails.py`."""
+    ap = data.Arguments(description="Check the theorem; exit code 1 if a bound is violated. Or --explain.")
+    ap.add_argument("--explain", metavar="ADAPTER", help="a LoRA in PEFT's form: what did it learn?")
+    ap.add_argument("--model", help="--explain: folder or hub id of the base")
+    ap.add_argument("--sae", help="--explain: folder or hub id laid out like Gemma Scope")
+    ap.add_argument("--layers", type=data.list_of(int), help="--explain: layers whose SAEs are used")
+    ap.add_argument("--width", default="16k", help="--explain: SAE width as its folder says")
+    ap.add_argument("--features", help="--explain: a run's features.json; without it all features are ranked")
+    return ap
+
+def show(args):
+    """Print what an adapter learned: a line a side of the stream, strongest features under it."""
+    need(args.model and args.sae and args.layers, "--explain needs --model, --sae and --layers")
+    model, tok = model_gemma.load_gemma(args.model), data.load_tokenizer(args.model)
+    template, turns = data.default_template(args.model, tok), data.read_prompts([LOOKALIKES], 8)
+    prompts = [data.render_chat(tok, r["turns"], None, template)[0] for r in turns]
+    source = args.sae, args.layers, args.width
+    for e in explain_adapter(args.explain, model, tok, source, args.features, prompts)["sums"]:
+        span = f"; the chosen span {e['inside']:.3f}, by chance {e['chance']:.3f}" if e["chosen"] else ""
+        print(f"{e['name']}: shares of the update, random adapters' end at {e['baseline']:.4f}{span}")
+        for o in sorted(e["chosen"], key=lambda o: -o["share"])[:5] + e["others"]:
+            words = "raises " + " ".join(map(repr, o["words"])) if "words" in o else "chosen"
+            print(f"  feature {o['feature']:6d}  {o['share']:.4f}  {words}")
