@@ -30,8 +30,8 @@ STAGES = dict(  # options of train.py, none for eval.py; files after whose appea
     table=("--method sails,lora --lr 1e-3,1e-2 --steps 40 --save-every 7 --jobs 2",
            " base*/results.json sails*/state.safetensors */adapter_config.json lora*/log.jsonl"),
     replies=("", " eval.json responses.jsonl responses.jsonl verdicts.jsonl"))
-KEPT = """adapter_model.safetensors adapter_config.json sails.json subspace.safetensors features.json explain.json table.md
-log.jsonl responses.jsonl verdicts.jsonl results.json heldout-test.jsonl""".split()
+KEPT = """adapter_model.safetensors adapter_config.json sails.json subspace.safetensors features.json
+explain.json table.md log.jsonl responses.jsonl verdicts.jsonl results.json heldout-test.jsonl""".split()
 
 def zygote():
     """Fork a process for every line on stdin; its id, then its exit code. Importing torch takes seconds."""

@@ -211,6 +211,14 @@ def test_a_foreign_adapter_is_refused_and_leaves_the_model_plain(tmp_path, model
         load_changed(model, tmp_path, config, tensors)
     assert not lora.adapters(model)
 
+def test_a_model_with_adapters_is_not_saved_as_one_and_a_hub_base_is_split_from_its_revision(model, tmp_path):
+    attached(model)
+    with pytest.raises(data.UserError, match="merge and detach its adapters first"):
+        model_gemma.save_gemma(model, tmp_path)
+    lora.save_adapter(model, tmp_path, "google/gemma-2-2b@v1")
+    noted = data.read_json(tmp_path / "adapter_config.json")
+    assert (noted["base_model_name_or_path"], noted["revision"]) == ("google/gemma-2-2b", "v1")
+
 def theirs(folder):
     auto = pytest.importorskip("transformers").AutoModelForCausalLM
     return auto.from_pretrained(folder, attn_implementation="eager", dtype="auto")
