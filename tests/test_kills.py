@@ -187,4 +187,4 @@ if __name__ == "__main__":
         zygote()
     else:
         os.environ["KILLS"] = " ".join(sys.argv[1:])
-        sys.exit(pytest.main([__file__, "-q", "-W", "ignore"]))
+        sys.exit(pytest.main([__file__, "-q", "-m", "slow", "-W", "ignore"]))
