@@ -22,6 +22,7 @@ import threading
 import time
 import zlib
 from collections import Counter
+from multiprocessing import parent_process
 from pathlib import Path
 
 import numpy as np
@@ -180,11 +181,14 @@ def say(*lines):
 
 def follow_parent():
     """End this process when its parent is gone: nobody waits for a killed command's worker."""
-    def watch(parent):
-        while os.getppid() == parent:
+    parent = parent_process()  # noted before this process began; the parent may have died since
+    pid = parent.pid if parent else os.getppid()
+
+    def watch():
+        while os.getppid() == pid:
             time.sleep(.1)
         os._exit(1)
-    threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 # ---- helpers: files ----
 @contextlib.contextmanager
