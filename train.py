@@ -127,14 +127,13 @@ def refuse_unread(s):
     runs = len(s.method) * len(s.seed) * max(len(s.lr), len(s.full_lr or []))
     parser().refuse_unread(
         (*of(sails.METHODS), "layers norm_aware freeze_basis sides"), (*of(["full"]), "full_lr"),
-        (*of(sails.READS_SAE), "sae width k tau center subspace drop show_texts"),
-        (*of(["sails"]), "score"),
+        (*of(sails.READS_SAE), "sae width k tau center subspace drop show_texts"), (*of(["sails"]), "score"),
         (*of(sails.READS_DATA), "contrast contrast_data contrast_pairs"), (*of(["raw-pca"]), "standardise"),
         (*of(METHODS[:-1]), "r alpha targets"), (s.contrast == "prompts", "--contrast prompts", "last"),
         (s.sae == "fit", "--sae fit", "fit_width fit_active fit_tokens fit_steps"),
         (s.sae != "fit", "published SAEs; use --fit-width", "width"),
-        (s.replay or of(sails.READS_SAE)[0], "--replay or an SAE", "text"), (runs > 1, "several runs", "jobs"),
-        (s.objective != "sft", "--objective dpo or rloo", "beta sft_steps"),
+        (s.replay or of(sails.READS_SAE)[0], "--replay or an SAE", "text"),
+        (s.objective != "sft", "--objective dpo or rloo", "beta sft_steps"), (runs > 1, "several runs", "jobs"),
         (s.objective == "rloo", "--objective rloo", "samples"))
 
 # ---- objectives ----
