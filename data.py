@@ -208,7 +208,8 @@ def owned(folder, marker):
         try:
             yield begun
         except Exception:
-            if not begun and not any(f.name in WORTH_KEEPING for f in folder.rglob("*")):
+            worth = [f for f in folder.rglob("*") if f.name in WORTH_KEEPING and f.stat().st_size]
+            if not begun and not worth:
                 for path in [*sorted(folder.rglob("*"), reverse=True), *new]:  # what is inside comes first
                     path.rmdir() if path.is_dir() else path.unlink()
             raise
@@ -317,7 +318,7 @@ def check(row, where, **kinds):
 
 def _is(value, kind):
     if kind == POSITIVE:
-        return type(value) in (int, float) and 0 < value < 1e18
+        return type(value) in (int, float) and 1e-12 < value < 1e12
     if isinstance(kind, range):
         return type(value) is int and value in kind
     return type(value) is kind or not isinstance(kind, type) and value == kind
@@ -369,7 +370,7 @@ def fetch(spec, names, kind="model"):
 def fingerprint(spec, names, kind="model"):
     """What identifies files: the hub's commit sha, or a hash of local contents."""
     folder, sha = fetch(spec, names, kind)
-    paths = sorted(p for name in names for p in folder.glob(name)) if sha is None else ()
+    paths = sorted(p for name in names for p in folder.glob(name) if p.is_file()) if sha is None else ()
     lines = (f"{p.name} {_sha256(p, p.stat().st_size, p.stat().st_mtime_ns)}\n" for p in paths)
     return sha or hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
@@ -573,7 +574,9 @@ def data_files(spec):
     if Path(spec).is_file():
         return Path(spec).parent, dict(train=Path(spec).name)
     files, form = listing(spec, "dataset"), r"(?:harmless-base/)?(\w+)\.(?:jsonl|jsonl\.gz|txt)"
-    found = {m[1]: f for f in files if (m := re.fullmatch(form, f)) and m[1] in PARTS}
+    matches = [m for f in files if (m := re.fullmatch(form, f)) and m[1] in PARTS]
+    found = {m[1]: m[0] for m in matches}
+    need(len(found) == len(matches), f"{spec}: two files of one part among {[m[0] for m in matches]}")
     need("train" in found, f"{spec}: no train.jsonl or train.jsonl.gz; it holds {', '.join(files[:6])}")
     return fetch(spec, list(found.values()), "dataset")[0], found
 
@@ -733,6 +736,8 @@ def encode(tok, examples, template, max_tokens=None):
     rows = []
     note_forged(examples, template)
     for ex in examples:
+        if max_tokens and len(str(ex)) > 100 * max_tokens + 1000:  # 200 MB in one row would take minutes
+            continue
         prompt, chosen, rejected = (render_chat(tok, ex["turns"], reply, template)
                                     for reply in (None, ex["chosen"], ex["rejected"]))
         rejected = None if ex["rejected"] is None else rejected

@@ -42,10 +42,10 @@ def respond(model, tok, prompts, path, template, max_new=256, batch_size=16, tem
     missing = sum(p["id"] not in done for p in prompts)
     need(model or not missing, f"{path}: {missing} of {len(prompts)} prompts have no reply yet; give --model")
     if missing:
-        data.write_rows(path, old)  # without the half line that a kill may have left
         data.note_forged(prompts, template)
         ids = [data.render_chat(tok, p["turns"], None, template)[0] for p in prompts]
         stop = data.stop_ids(tok, template)
+        data.write_rows(path, old)  # without the half line that a kill may have left
         with data.progress(total=len(ids), initial=len(ids) - missing, desc="replies", disable=None) as bar:
             # cut as if no reply existed: a resumed run pads as an undisturbed one
             for batch in data.length_batches(list(map(len, ids)), batch_size):

@@ -9,6 +9,7 @@ Run it (`python lora.py RUN`) to see what an adapter holds; with --merge OUT to 
 """
 import contextlib
 import re
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
@@ -216,25 +217,29 @@ def read_adapter(folder):
     starts, switch = (True, False, "gaussian", "orthogonal", "eva", None), (bool, None)
     c = data.read_json(path, peft_type="LORA", r=range(1, 2**20), lora_alpha=data.POSITIVE, use_rslora=switch,
                        bias=("none", None), init_lora_weights=starts, base_model_name_or_path=(str, None),
-                       target_modules=(list, str, None))
-    extras = "rank_pattern alpha_pattern modules_to_save use_dora fan_in_fan_out"
+                       target_modules=(list, str, None), revision=(str, None))
+    extras = ("rank_pattern alpha_pattern modules_to_save use_dora fan_in_fan_out lora_bias arrow_config "
+              "alora_invocation_tokens layer_replication trainable_token_indices target_parameters use_qalora")
     special = [k for k in extras.split() if c.get(k)]
     need(not special, f"{folder}: not a plain LoRA adapter ({', '.join(special)})")
     shapes, swap = model_gemma.tensor_shapes(weights), str.maketrans("AB", "BA")
-    wrong = [n for n, s in shapes.items() if len(s) != 2 or s["lora_B" in n] != c["r"]]
+    known = shapes and all(map(TENSOR.fullmatch, shapes))
+    need(known, f"{weights}: its tensors are not those of a LoRA on this model")
+    wrong = [n for n, s in shapes.items() if len(s) != 2 or s[".lora_B.w" in n] != c["r"]]
     need(not wrong, f"{weights}: {wrong[:1]} is not of rank {c['r']}, which adapter_config.json says")
     lacks = {n[:-8] + n[-8:].translate(swap) for n in shapes} - shapes.keys()  # ..._A.weight, ..._B.weight
     need(not lacks, f"{weights}: lacks {sorted(lacks)[:1]}")
     return c, dict(model_gemma.read_tensors(weights))
 
+TENSOR = re.compile(r"base_model\.model\.model\.layers\.(\d{1,4})\.\w+\.(\w+)_proj\.lora_[AB]\.weight")
+
 def load_adapter(model, folder):
     """Attach an adapter in PEFT's form; UserError for what PEFT would ignore or half use."""
     (c, tensors), path = read_adapter(folder), Path(folder) / "adapter_model.safetensors"
-    form = r"base_model\.model\.model\.(layers\.(\d+)\.\w+\.(\w+)_proj)\.lora_([AB])\.weight"
-    found = [re.fullmatch(form, n) for n in tensors]
-    need(found and None not in found, f"{path}: its tensors are not those of a LoRA on this model")
+    found = [TENSOR.fullmatch(n) for n in tensors]
     alpha = c["lora_alpha"] * (c["r"] ** 0.5 if c.get("use_rslora") else 1)
-    attach(model, sorted({f[3] for f in found}), c["r"], alpha, sorted({int(f[2]) for f in found}))
+    with data.expecting(path, UserError):
+        attach(model, sorted({f[2] for f in found}), c["r"], alpha, sorted({int(f[1]) for f in found}))
     want = _tensors(model)
     try:
         model_gemma.check_shapes(path, {n: t.shape for n, t in tensors.items()},
@@ -279,6 +284,8 @@ def save_merged(run, out, base=None, dtype=None, shard_bytes=5 * 10 ** 9):
     raw = model_gemma.load_config(base).raw
     dtype = dtype or raw.get("dtype") or raw.get("torch_dtype")
     need(dtype in model_gemma.DTYPES, f"{base}: its config.json has dtype {dtype}; add --dtype")
+    with data.expecting(f"{run}: damaged run.json", AttributeError, TypeError, ValueError):
+        card = model_card(run, base, dtype)
     with data.owned(out, "a new folder's name"):  # so a new or an empty one
         model = model_gemma.load_gemma(base, model_gemma.DTYPES[dtype])
         load_adapter(model, run)
@@ -287,8 +294,8 @@ def save_merged(run, out, base=None, dtype=None, shard_bytes=5 * 10 ** 9):
         model_gemma.save_gemma(model, out, shard_bytes)
         copied = re.compile(r"(tokenizer|special|generation|chat)[^/]*").fullmatch
         for name in filter(copied, data.listing(base)):
-            (out / name).write_bytes(data.read_bytes(data.fetch(base, [name])[0] / name))
-        data.write_text(out / "README.md", model_card(run, base, dtype))
+            shutil.copy(data.fetch(base, [name])[0] / name, out / name)
+        data.write_text(out / "README.md", card)
     print(f"{out}: {base} with the adapter of {run} merged into it, in {dtype}")
 
 def model_card(run, base, dtype):
@@ -297,9 +304,7 @@ def model_card(run, base, dtype):
     s = read("adapter_config.json") | read("run.json").get("settings", {}) | dict(base=base, dtype=dtype)
     name = lambda x: Path(x).resolve().name if isinstance(x, str) and Path(x).exists() else x
     s = {k: name(x) for k, x in s.items() if x is not None}  # a reader has no use for this machine's folders
-    rows = [f"- {group}, {k}: {x}" for group, part in read("results.json").get("sets", {}).items()
-            for k, x in part.items() if x is not None]
-    results = data.read_text(run / "table.md") if (run / "table.md").is_file() else "\n".join(rows) or "-"
+    results = data.read_text(run / "table.md") if (run / "table.md").is_file() else "-"
     card = data.read_text(Path(__file__).parent / "benchmarks" / "model_card.md")
     return card.format_map(defaultdict(lambda: "-", s, hub_id=s["base"].split("@")[0], results=results))
 
@@ -314,16 +319,16 @@ def main():
     if args.merge:
         return save_merged(args.run, args.merge, args.model, args.dtype)
     c, tensors = read_adapter(args.run)
-    print(f"rank {c['r']}, alpha {c['lora_alpha']}, on {c['base_model_name_or_path'] or 'an unnamed base'}; "
-          f"{sum(t.numel() for t in tensors.values()):,} parameters")
+    base, count = c.get("base_model_name_or_path"), sum(t.numel() for t in tensors.values())
+    print(f"rank {c['r']}, alpha {c['lora_alpha']}, on {base!r}; {count:,} parameters")
     for name in sorted((n for n in tensors if ".lora_A." in n), key=lambda n: (len(n), n)):
         A, B = tensors[name], tensors[name.replace(".lora_A.", ".lora_B.")]
         size = c["lora_alpha"] / c["r"] ** (.5 if c.get("use_rslora") else 1) * (B @ A).norm()
         short = name.removeprefix("base_model.model.model.").removesuffix(".lora_A.weight")
         print(f"{short:32s} |dW| {size:9.4f}   |A| {A.norm():8.4f}   |B| {B.norm():8.4f}")
     if (args.run / "sails.json").is_file():
-        for key, value in data.read_json(args.run / "sails.json", method=str).items():
-            print(f"{key}: {value}" if key != "drifts" else f"drifts: of {len(value)} adapters")
+        for key, value in data.read_json(args.run / "sails.json", method=str, drifts=(list, None)).items():
+            print(" ".join(f"{key}: {value if key != 'drifts' else 'a row an adapter'}".split()))
 
 if __name__ == "__main__":
     data.run_main(main)

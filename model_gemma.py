@@ -56,7 +56,8 @@ def config_from_json(raw):
 
 # What config.json may say. Sizes have ends, so that no number is allocated before the weights are looked at
 KINDS = dict(model_type=("gemma2", "gemma3_text"), num_hidden_layers=range(1, 1001), layer_types=(list, None),
-             tie_word_embeddings=(True, None), rope_parameters=(dict, None), rope_scaling=(dict, None))
+             tie_word_embeddings=(True, None), rope_parameters=(dict, None), rope_scaling=(dict, None),
+             dtype=(str, None), torch_dtype=(str, None))
 KINDS |= dict.fromkeys(("hidden_size", "intermediate_size", "head_dim", "vocab_size"), range(1, 2**24))
 KINDS |= dict.fromkeys(("num_attention_heads", "num_key_value_heads"), range(1, 2**12))
 KINDS |= dict.fromkeys(("sliding_window", "sliding_window_pattern"), (range(1, 2**31), None))
@@ -82,6 +83,7 @@ def _rope_thetas(raw, g2):
     for part in (*new.values(), raw.get("rope_scaling") or {}):
         data.check(part, "config.json: RoPE", rope_theta=(data.POSITIVE, None))
         plain = part.get("rope_type", part.get("type", "default")) == "default"
+        plain = plain and not part.get("factor") and part.get("partial_rotary_factor") in (None, 1)
         need(plain, f"config.json asks for RoPE scaling {part}; Gemma 2 and Gemma 3 270M / 1B have none")
     old = {"full_attention": raw.get("rope_theta") or (1e4 if g2 else 1e6),
            "sliding_attention": (raw.get("rope_theta") if g2 else raw.get("rope_local_base_freq")) or 1e4}
@@ -455,6 +457,7 @@ def generate(model, prompts, max_new, stop=(data.EOS,), temperature=0.0, seeds=N
     cache, out = KVCache(), [[] for _ in prompts]
     for _ in range(max_new):
         logits = model.logits(model.hidden(ids, None if cache else keep, cache)[0][:, -1])  # (B, V)
+        finite(logits, "what the model says of the next token")
         ids = logits.argmax(-1, keepdim=True) if temperature == 0 else _draw(logits / temperature, rngs)
         for row, token in zip(out, ids[:, 0].tolist()):
             if not row or row[-1] not in stop:

@@ -189,11 +189,10 @@ def explain(tensors, config, model, saes, chosen, n=5, alarm=1e-3):
     to norm 1. The SAE is that of the nearest layer. chosen {layer: features}: the share along each and in
     their span. others: the n strongest in the rest, each after those before it are taken out, as far as they
     are above what no feature of any adapter reaches by chance: of random adapters one in 1 / alarm does."""
-    form = r".*\b(layers\.(\d+)\.\w+\.(\w+)_proj)\.lora_([AB])\b.*"
+    form = r".*\b(layers\.(\d{1,4})\.\w+\.(\w+)_proj)\.lora_([AB])\b.*"
     found = {(m[1], m[4]): (t, m) for name, t in tensors.items() if (m := re.fullmatch(form, name))}
     whole = found and len(found) == len(tensors) and all((p, x) in found for p, _ in found for x in "AB")
-    odd = [key for key in ("use_dora", "alpha_pattern", "fan_in_fan_out") if config.get(key)]
-    need(whole and not odd, f"the adapter is no plain LoRA on a Gemma, in PEFT's form {odd or ''}".strip())
+    need(whole, "the adapter is no plain LoRA on a Gemma, in PEFT's form")
     groups = {}
     for path, A, m in [(path, *value) for (path, x), value in found.items() if x == "A"]:
         layer, norm = int(m[2]), model_gemma.NORMS[m[3]]

@@ -133,7 +133,7 @@ def refuse_unread(s):
         (s.sae == "fit", "--sae fit", "fit_width fit_active fit_tokens fit_steps"),
         (s.sae != "fit", "published SAEs; use --fit-width", "width"),
         (s.replay or of(sails.READS_SAE)[0], "--replay or an SAE", "text"),
-        (s.objective != "sft", "--objective dpo or rloo", "beta sft_steps"), (runs > 1, "several runs", "jobs"),
+        (s.objective != "sft", "--objective dpo or rloo", "beta sft_steps"), (runs > 1, "more runs", "jobs"),
         (s.objective == "rloo", "--objective rloo", "samples"))
 
 # ---- objectives ----
@@ -393,6 +393,7 @@ def load_sets(s):
     default = [LOOKALIKES] if s.device.startswith("cuda") else []
     files_asked = s.test or [files[part] for part in files if part == "prompts"] or default
     prompts = data.read_prompts(files_asked) if files_asked else []
+    need(all(p["set"] != "validation" for p in prompts), "--test: no set or file may be named validation")
     if not prompts:
         say(f"no reply is judged; for a safety rate add --test {LOOKALIKES}")
     if {r["label"] for r in rows["validate"]} >= {"harmful", "benign"}:  # they can choose a learning rate
@@ -446,9 +447,10 @@ def subspace(s, model, sets, folder):
         pairs = sails.contrast_pairs(rows, s.contrast, s.last)[:s.contrast_pairs]
         key = [*key, s.method in sails.READS_SAE]
         stats = keep("stats", key, lambda: sails.contrast_means(model, saes, pairs, s.micro))
-    bases, chosen = sails.subspaces(
-        s.method, stats, saes, k=s.k, tau=s.tau, rule=s.score, center=s.center, r=s.r, drop=s.drop,
-        pool=s.subspace == "global", standardise=s.standardise, seed=s.seed)
+    with data.expecting("no subspace (--drop leaves features out)", ValueError):
+        bases, chosen = sails.subspaces(
+            s.method, stats, saes, k=s.k, tau=s.tau, rule=s.score, center=s.center, r=s.r, drop=s.drop,
+            pool=s.subspace == "global", standardise=s.standardise, seed=s.seed)
     for i, V in bases.items():
         say(f"layer {i}: {len(chosen.get(i, ()))} features -> {V.shape[1]} directions for rank {s.r}")
     if lead():

@@ -120,15 +120,14 @@ def test_nothing_is_above_the_baseline_of_twenty_random_adapters():
         explained = sails.explain(tensors, CONFIG, model, SAES, {})
         assert [e["name"] for e in explained["sums"] + explained["adapters"] if e["others"]] == []
 
-@pytest.mark.parametrize("change", [dict(use_dora=True), "lora_B", "lora_E", "D"])
+@pytest.mark.parametrize("change", ["lora_B", "lora_E", "D"])
 def test_what_is_no_lora_on_this_model_is_refused(change):
     model, tensors = planted(None, 0)
-    config = CONFIG | change if isinstance(change, dict) else CONFIG
     if change == "lora_B":                             # an A without its B; what is no part of a LoRA
         tensors.pop(next(name for name in tensors if change in name))
     tensors |= {f"layers.0.mlp.up_proj.{change}.weight": torch.zeros(5, 96)} if change == "lora_E" else {}
     with pytest.raises(data.UserError, match="do not belong together" if change == "D" else "no plain LoRA"):
-        sails.explain(tensors, config, model, {0: random_sae()} if change == "D" else SAES, {})
+        sails.explain(tensors, CONFIG, model, {0: random_sae()} if change == "D" else SAES, {})
 
 @pytest.fixture(scope="module")
 def run(home, tmp_path_factory):

@@ -256,11 +256,11 @@ def test_an_adapter_made_by_peft_on_q_and_v_with_rslora_merges_as_peft_merges_it
 def test_a_merged_folder_has_tokenizer_and_card_and_tells_no_path_of_this_machine(home, tmp_path):
     out, _ = tmp_path / "out", saved(tmp_path)
     data.write_json(tmp_path / "run.json", dict(settings=dict(method="sails", data=str(tmp_path))))
-    data.write_json(tmp_path / "results.json", dict(sets=dict(unseen={"help": .5})))
+    data.write_text(tmp_path / "table.md", "| help | 0.5 |")
     command = [tmp_path, "--merge", out, "--model", home.model, "--dtype", "bfloat16"]
     assert go(command, lora.main)[0] == 0 and data.read_json(out / "config.json")["dtype"] == "bfloat16"
     card = (out / "README.md").read_text() * (out / "tokenizer.json").is_file()
-    for words in ("base_model: model\n", "Method: sails", "alpha 6", "Gemma Terms", "unseen, help: 0.5"):
+    for words in ("base_model: model\n", "Method: sails", "alpha 6", "Gemma Terms", "| help | 0.5 |"):
         assert words in card
     assert not [words for words in (str(tmp_path), home.model, "{") if words in card]
     assert go(command, lora.main)[2] .startswith(f"error: {out} has files in it")
