@@ -218,8 +218,9 @@ def read_adapter(folder):
     c = data.read_json(path, peft_type="LORA", r=range(1, 2**20), lora_alpha=data.POSITIVE, use_rslora=switch,
                        bias=("none", None), init_lora_weights=starts, base_model_name_or_path=(str, None),
                        target_modules=(list, str, None), revision=(str, None))
-    extras = ("rank_pattern alpha_pattern modules_to_save use_dora fan_in_fan_out lora_bias arrow_config "
-              "alora_invocation_tokens layer_replication trainable_token_indices target_parameters use_qalora")
+    extras = ("rank_pattern alpha_pattern modules_to_save use_dora use_qalora fan_in_fan_out lora_bias "
+              "alora_invocation_tokens layer_replication trainable_token_indices target_parameters "
+              "arrow_config")
     special = [k for k in extras.split() if c.get(k)]
     need(not special, f"{folder}: not a plain LoRA adapter ({', '.join(special)})")
     shapes, swap = model_gemma.tensor_shapes(weights), str.maketrans("AB", "BA")

@@ -61,7 +61,7 @@ def parser():
     a("--layers", type=some(int), help="layers whose SAEs are used (the family's)")
     a("--width", help="SAE width as its folder says (the family's)")
     a("--k", type=count, default=32, help="features chosen per layer")
-    a("--tau", type=data.at_least(0, float, 1), default=.8, help="share of the rows' variance that PCA keeps")
+    a("--tau", type=data.at_least(1e-9, float, 1), default=.8, help="share of the rows' variance to keep")
     a("--score", choices=("absolute", "relative"), default="absolute", help="the paper's v2 or v1")
     a("--center", action="store_true", help="centre the decoder rows before PCA")
     a("--contrast", choices=("replies", "prompts"), default="replies", help="see sails.contrast_pairs")
@@ -77,7 +77,7 @@ def parser():
     a("--sides", choices=("both", "read", "write"), default="both", help="where the basis is used")
     a = ap.add_argument_group("the adapter and its training").add_argument
     a("--r", "--rank", type=count, default=16, help="LoRA rank (under torchrun: --rank)")
-    a("--alpha", type=rate, help="scale is alpha / r (2 r)")
+    a("--alpha", type=data.at_least(1e-6, float, 1e6), help="scale is alpha / r (2 r)")
     a("--targets", type=some(str, lora.PLACES), default=list("qkvo"), help=f"of {','.join(lora.PLACES)}")
     a("--objective", choices=("sft", "dpo", "rloo"), default="sft", help="sft reads chosen replies alone")
     a("--steps", type=count, default=500)
@@ -326,6 +326,7 @@ def choose_sources(s):
     shown = ",".join(map(str, s.layers))
     inside = all(0 <= i < config.n_layers for i in s.layers)
     need(inside, f"--layers {shown}: the model has layers 0..{config.n_layers - 1}")
+    need(s.sae != "fit" or s.k <= s.fit_width, f"--k {s.k}: more than --fit-width has")
     need(s.r <= config.d_model, f"--r {s.r}: the model's residual stream has {config.d_model} dimensions")
     for i in s.layers if reads and s.sae != "fit" and not s.dry_run else ():
         sae_module.sae_file(s.sae, i, s.width)  # before anything is downloaded
@@ -611,7 +612,9 @@ def main():
             r.resume = s.resume or r.method == "base"
             run(r)
         return lead() and report(folder, runs)
-    with data.owned(folder, "runs.json") if lead() else contextlib.nullcontext():
+    with data.owned(folder, "runs.json") if lead() else contextlib.nullcontext() as begun:
+        if begun:
+            data.read_json(folder / "runs.json", runs=list)
         if lead():
             data.write_json(folder / "runs.json", dict(runs=[r.out for r in runs]))
         for r in runs:  # all that is there belongs together, before anything is added to it

@@ -225,7 +225,7 @@ def test_a_refusal_is_one_clear_line_with_exit_code_2_and_leaves_no_folder(home,
     assert not (tmp_path / "run").exists()
 
 def test_after_a_refusal_the_mended_command_runs_without_resume(home, tmp_path):
-    code, _, err = go(command(home, tmp_path, "--method lora --lr 1e18 --alpha 1e18"))
+    code, _, err = go(command(home, tmp_path, "--method lora --lr 1e18 --alpha 1e6 --steps 8"))
     assert code == 2 and "the loss or its gradient is not finite; lower --lr" in err
     assert go(command(home, tmp_path, "--method lora"))[0] == 0
 
