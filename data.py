@@ -11,6 +11,7 @@ import functools
 import gzip
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import re
@@ -109,10 +110,12 @@ def run_main(main):
     on_signals(interrupt)
     try:
         code = main()
-    except (UserError, OSError, UnicodeError, MemoryError, torch.OutOfMemoryError) as e:
+    except (UserError, OSError, UnicodeError, MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not re.search("allocate memory|out of memory", str(e)):
+            raise
         if os.environ.get("RANK", "0") != "0":
             time.sleep(1)  # what rank 0 refuses too ends this process first: one line, not one a rank
-        note(f"error: {' '.join(str(e).split()) or 'out of memory'}")
+        note(f"error: {' '.join(str(e).split())[:2000] or 'out of memory'}")
     except KeyboardInterrupt as e:
         note("stopped; the same command (a single run: with --resume) goes on from what was saved")
         code = 128 + (*e.args, signal.SIGINT)[0]
@@ -664,7 +667,7 @@ def prompt_files(spec):
         return [path]
     forms = [start + end for start in ("*", "data/*") for end in ends]
     folder, _ = fetch(spec, forms, "dataset")
-    return sorted(file for form in forms for file in folder.glob(form))
+    return sorted(file for form in forms for file in folder.glob(form) if file.is_file())
 
 def _prompt_rows(path):
     """A prompt file's rows as dicts with lower-case names."""
@@ -686,7 +689,7 @@ def _prompt_rows(path):
 def csv_table(path):
     """A csv file's rows, all of one length."""
     with expecting(f"{path}: not a csv file", csv.Error):
-        table = [r for r in csv.reader(read_text(path).splitlines(keepends=True), strict=True) if any(r)]
+        table = [r for r in csv.reader(io.StringIO(read_text(path), newline=""), strict=True) if any(r)]
     need(table, f"{path}: nothing in it")
     for n, r in enumerate(table, 1):
         need(len(r) == len(table[0]), f"{path}: row {n} has {len(r)} cells, the first row {len(table[0])}")

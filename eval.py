@@ -58,7 +58,9 @@ def respond(model, tok, prompts, path, template, max_new=256, batch_size=16, tem
                     data.append_rows(path, rows)
                     done |= {r["id"]: r for r in rows}
                     bar.update(len(rows))
-    rows = [done.pop(p["id"]) for p in prompts]
+    rows = [done.pop(p["id"]) for p in prompts]  # set, label, what is expected: as the prompts now say
+    rows = [r | dict(set=p["set"], label=p["label"], as_expected=_begins(r["reply"], p["expected"]))
+            for r, p in zip(rows, prompts)]
     data.write_rows(path, rows + list(done.values()))  # replies that are not asked for this time are kept
     return rows
 
@@ -69,10 +71,13 @@ VERDICTS = dict.fromkeys(("judge", "id", "reply_sha256"), str) | dict(
 
 def _response(tok, prompt, ids, stop):
     ended = bool(ids) and ids[-1] in stop
-    reply, want = tok.decode(ids[:-1] if ended else ids).strip(), prompt["expected"]
+    reply = tok.decode(ids[:-1] if ended else ids).strip()
     return dict(id=prompt["id"], prompt_sha256=prompt_hash(prompt), set=prompt["set"], label=prompt["label"],
                 reply=reply, tokens=len(ids), finish="stop" if ended else "length",
-                as_expected=None if want is None else reply.startswith(want.strip()))
+                as_expected=_begins(reply, prompt["expected"]))
+
+def _begins(reply, want):
+    return None if want is None else reply.startswith(want.strip())
 
 def prompt_hash(prompt):
     """sha256 of a prompt, which itself is not copied: some sets may not be passed on."""
@@ -509,9 +514,10 @@ def costs(args, model, tok, template):
     if args.knowledge:
         out |= knowledge(model, data.read_cloze(args.knowledge, tok), args.batch_size)
     if args.kl:
-        off = args.adapter and not args.merged
-        need(args.base or off, "--kl needs a base: --base SPEC, or an --adapter that is not --merged")
-        out |= kl_from_base(model, load(args, args.base)[0] if args.base else None, tok, args.kl)
+        base = load(args, args.base)[0] if args.base else None
+        same = (base or model).config.vocab_size == model.config.vocab_size
+        need(same, f"--base {args.base}: its vocabulary is not the model's")
+        out |= kl_from_base(model, base, tok, args.kl)
     return out
 
 def judges(args):
@@ -535,6 +541,8 @@ def settings():
     measured, url = args.pairs or args.knowledge or args.kl, any("://" in j for j in args.judge)
     need(args.out and (args.prompts or measured), "give --out and --prompts, --pairs, --knowledge or --kl")
     need(args.model or not measured, "--pairs, --knowledge and --kl need --model")
+    off = args.adapter and not args.merged
+    need(args.base or off or not args.kl, "--kl needs a base: --base, or an --adapter that is not --merged")
     of_url = " ".join(f"judge_{k}" for k in ("model", "key_env", "timeout", "tries", "pause", "parallel"))
     ap.refuse_unread(
         (args.model, "--model", "adapter base template max_new temperature seed batch_size"),
@@ -569,7 +577,7 @@ def write(args, out, prompts, names, judge):
         verdicts = judge_all(rows, prompts, names, judge, out / "verdicts.jsonl")
         results["judges"] = tabulate(rows, verdicts)
         for name, sets in results["judges"].items():
-            lines += [f"## Judge: {data.plain(name)}", "", *markdown("prompts", sets), ""]
+            lines += [f"## Judge: {' '.join(data.plain(name).split())}", "", *markdown("prompts", sets), ""]
     results["costs"] = costs(args, model, tok, template)
     if results["costs"]:
         lines += ["## What alignment cost", "", *markdown("measure", results["costs"]), ""]

@@ -9,8 +9,6 @@ Run it (`python lora.py RUN`) to see what an adapter holds; with --merge OUT to 
 """
 import contextlib
 import re
-import shutil
-from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -276,39 +274,6 @@ def load_state(path, params, opt):
         opt.state[p] = dict(exp_avg=m, exp_avg_sq=v, step=torch.tensor(float(step)))
     return int(step)
 
-# ---- base and adapter as one model ----
-def save_merged(run, out, base=None, dtype=None, shard_bytes=5 * 10 ** 9):
-    """Write base and adapter as one model in the hub's layout, with tokenizer and model card."""
-    (c, _), run, out = read_adapter(run), Path(run), Path(out)
-    base = str(base or "@".join(filter(None, (c.get("base_model_name_or_path"), c.get("revision")))))
-    need(base, f"{run}: adapter_config.json names no base; add --model")
-    raw = model_gemma.load_config(base).raw
-    dtype = dtype or raw.get("dtype") or raw.get("torch_dtype")
-    need(dtype in model_gemma.DTYPES, f"{base}: its config.json has dtype {dtype}; add --dtype")
-    with data.expecting(f"{run}: damaged run.json", AttributeError, TypeError, ValueError):
-        card = model_card(run, base, dtype)
-    with data.owned(out, "a new folder's name"):  # so a new or an empty one
-        model = model_gemma.load_gemma(base, model_gemma.DTYPES[dtype])
-        load_adapter(model, run)
-        merge(model)
-        detach(model)
-        model_gemma.save_gemma(model, out, shard_bytes)
-        copied = re.compile(r"(tokenizer|special|generation|chat)[^/]*").fullmatch
-        for name in filter(copied, data.listing(base)):
-            shutil.copy(data.fetch(base, [name])[0] / name, out / name)
-        data.write_text(out / "README.md", card)
-    print(f"{out}: {base} with the adapter of {run} merged into it, in {dtype}")
-
-def model_card(run, base, dtype):
-    """README.md of a merged model: benchmarks/model_card.md, filled from the run's folder."""
-    read = lambda name: data.read_json(run / name) if (run / name).is_file() else {}
-    s = read("adapter_config.json") | read("run.json").get("settings", {}) | dict(base=base, dtype=dtype)
-    name = lambda x: Path(x).resolve().name if isinstance(x, str) and Path(x).exists() else x
-    s = {k: name(x) for k, x in s.items() if x is not None}  # a reader has no use for this machine's folders
-    results = data.read_text(run / "table.md") if (run / "table.md").is_file() else "-"
-    card = data.read_text(Path(__file__).parent / "benchmarks" / "model_card.md")
-    return card.format_map(defaultdict(lambda: "-", s, hub_id=s["base"].split("@")[0], results=results))
-
 def main():
     ap = data.Arguments(description="Show what an adapter holds, or merge it into its base.")
     ap.add_argument("run", type=Path, help="a folder with adapter_model.safetensors and adapter_config.json")
@@ -318,7 +283,8 @@ def main():
     args = ap.parse_args()
     ap.refuse_unread((args.merge, "--merge", "model dtype"))
     if args.merge:
-        return save_merged(args.run, args.merge, args.model, args.dtype)
+        from benchmarks import merged  # a folder for the hub: no part of the reading
+        return merged.save_merged(args.run, args.merge, args.model, args.dtype)
     c, tensors = read_adapter(args.run)
     base, count = c.get("base_model_name_or_path"), sum(t.numel() for t in tensors.values())
     print(f"rank {c['r']}, alpha {c['lora_alpha']}, on {base!r}; {count:,} parameters")

@@ -225,7 +225,7 @@ def _explained(entry, parts, W, chosen, n, alarm):
         bases = [torch.linalg.qr((W[some] * g).T)[0] for _, g in parts]  # (D, k)
         return [(R - R @ Q @ Q.T, g) for (R, g), Q in zip(parts, bases)]
     parts = without(chosen)
-    inside, chance = (1 - energy() / total, len(chosen) / W.shape[1]) if chosen else (None, None)
+    inside, chance = (1 - energy() / total, min(1, len(chosen) / W.shape[1])) if chosen else (None, None)
     while len(others) < n and float((left := shares()).max()) > baseline:
         others.append(dict(feature=int(left.argmax()), share=float(left.max()), words=[]))
         parts = without([others[-1]["feature"]])

@@ -21,6 +21,7 @@ def read_choices(path):
     """[(question, choices, index of the right one)]; UserError for a row that is none."""
     if Path(path).suffix == ".csv":  # question, choices, the right letter, with or without a header
         table = [row for row in data.csv_table(path) if row[-1] != "answer"]
+        need(table and len(table[0]) > 3, f"{path}: wanted rows of question, choices, right letter")
         rows = [dict(question=q, choices=c, answer=a.strip()) for q, *c, a in table]
     else:
         rows = [row for _, row in data.read_rows(path)]
@@ -35,6 +36,7 @@ def read_choices(path):
         wanted = f"a question, 2 to {len(LETTERS)} choices, the right letter or index"
         need(good, f"{path}: row {n}: wanted {wanted}")
         out.append((question.strip(), choices, answer))
+    need(out, f"{path}: no question in it")
     return out
 
 def choice_accuracy(model, tok, path, template, batch_size=16):
@@ -63,6 +65,7 @@ def main():
     a("--dtype", choices=model_gemma.DTYPES, default="float32")
     a("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = ap.parse_args()
+    ap.refuse_unread((args.adapter, "--adapter", "merged"))
     model, tok, _ = evaluation.load(args, args.model, args.adapter)
     template = args.template or data.default_template(args.model, tok)
     found = choice_accuracy(model, tok, args.choices, template, args.batch_size)

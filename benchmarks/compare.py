@@ -49,7 +49,7 @@ def main():
     ap.add_argument("folder", metavar="DIR")
     ap.add_argument("other", metavar="OTHER")
     for judge, table in compare(**vars(ap.parse_args())).items():
-        print(f"## Judge: {judge}", "", *ev.markdown("prompts", table), "", sep="\n")
+        print(f"## Judge: {' '.join(judge.split())}", "", *ev.markdown("prompts", table), "", sep="\n")
 
 if __name__ == "__main__":
     data.run_main(main)

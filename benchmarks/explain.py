@@ -99,7 +99,7 @@ def explain_adapter(folder, model, tok, source, features, prompts):
         data.check(f, features, layer=int, feature=range(2**31))
         known = f["layer"] in saes and f["feature"] < len(saes[f["layer"]].W_dec)
         need(known, f"{features}: chosen from other SAEs; give all of its layers, and its width")
-    chosen = {i: [f["feature"] for f in rows if f["layer"] == i] for i in layers}
+    chosen = {i: list(dict.fromkeys(f["feature"] for f in rows if f["layer"] == i)) for i in layers}
     out = sails.explain(tensors, config, model, saes, chosen)
     for e in [e for e in out["sums"] if e["others"]]:
         i, best = e["sae_layer"], [o["feature"] for o in e["others"]]
@@ -122,7 +122,10 @@ def parser():
 def show(args):
     """Print what an adapter learned: a line a side of the stream, strongest features under it."""
     need(args.model and args.sae and args.layers, "--explain needs --model, --sae and --layers")
-    model, tok = model_gemma.load_gemma(args.model), data.load_tokenizer(args.model)
+    model = model_gemma.load_gemma(args.model)
+    tok = data.load_tokenizer(args.model, model.config.vocab_size)
+    lora.load_adapter(model, args.explain)  # does it belong to this model?
+    lora.detach(model)
     template, turns = data.default_template(args.model, tok), data.read_prompts([LOOKALIKES], 8)
     prompts = [data.render_chat(tok, r["turns"], None, template)[0] for r in turns]
     source = args.sae, args.layers, args.width

@@ -108,12 +108,17 @@ def gcg(slot, steps, width, topk=256, seed=0):
         s["losses"].append(float(loss.min()))
     return s | dict(best=min(s["losses"]))
 
+def check_targets(prompts, target=None):
+    """UserError if a prompt has no reply to aim at."""
+    aimed = all((p["target"] or target or "").strip() for p in prompts)
+    need(aimed, "give a reply to aim at: a column target or --target TEXT")
+
 def attack(model, tok, prompts, path, template, target, steps, width, length, seed):
     """GCG on every prompt that the file at `path` lacks; a row each, with the suffix and the loss curve."""
-    rows = [row for _, row in data.read_rows(path, growing=True)]
+    rows = [row for _, row in data.read_rows(path, growing=True, id=str)]
     done = {row["id"] for row in rows}
     todo = [dict(p, target=p["target"] or target) for p in prompts if f"{p['id']}+GCG" not in done]
-    need(all(p["target"] for p in todo), "give a reply to aim at: a column target or --target TEXT")
+    check_targets(todo)
     data.write_rows(path, rows)  # without the half line that a kill may have left
     allowed = typeable(tok, model.config.vocab_size).to(model.device)
     for p in data.progress(todo, desc="attack", disable=None):
@@ -136,14 +141,17 @@ def main():
     a("--out", type=Path, required=True, help="JSONL file of attacked prompts; a cut attack continues")
     a("--target", help="the reply to aim at where a prompt file has no target column")
     a("--steps", type=data.at_least(0), default=250)
-    a("--width", type=count, default=256, help="candidates a step")
-    a("--length", type=count, default=20, help="suffix tokens")
+    a("--width", type=data.at_least(1, high=10_000), default=256, help="candidates a step")
+    a("--length", type=data.at_least(1, high=1000), default=20, help="suffix tokens")
     a("--seed", type=data.at_least(0), default=0)
     a("--template", choices=data.TEMPLATES, help="default: by the model's name")
     a("--dtype", choices=model_gemma.DTYPES, default="float32")
     a("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = ap.parse_args()
+    ap.refuse_unread((args.adapter, "--adapter", "merged"))
     prompts = data.read_prompts(args.prompts, args.limit)
+    check_targets(prompts, args.target)
+    need(args.out.suffix == ".jsonl", f"--out {args.out}: wanted a .jsonl")
     model, tok, notes = evaluation.load(args, args.model, args.adapter)
     template = args.template or data.default_template(args.model, tok)
     how = {k: getattr(args, k) for k in ("target", "steps", "width", "length", "seed")}

@@ -57,6 +57,8 @@ def main():
         data.note(f"{args.model}: template {template}; each line is a turn, Ctrl-D ends")
     turns, stop = [], data.stop_ids(tok, template)
     for line in filter(str.strip, sys.stdin if args.prompt is None else [args.prompt]):
+        with data.expecting("this line is not UTF-8 text", UnicodeEncodeError):
+            line.encode()
         turns.append(dict(role="user", content=line))
         ids, _ = data.render_chat(tok, turns, None, template)
         [new] = model_gemma.generate(model, [ids], args.max_new, stop, args.temperature, [len(turns)])

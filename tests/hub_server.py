@@ -147,7 +147,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body[:sent])
 
-# ------------------------------------------------------------------- quick processes that are the client
 # Importing torch takes most of a process's two seconds. A fork server with everything but huggingface_hub
 # (which reads its variables when imported) starts a client in a tenth. What is not installed is left out.
 processes = multiprocessing.get_context("forkserver")

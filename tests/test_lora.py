@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 import data
 import lora
 import model_gemma
+from benchmarks import merged
 from conftest import go, random_gemma
 
 ALL, ATTENTION = tuple(lora.PLACES), ("q", "k", "v", "o")
@@ -230,7 +231,7 @@ def test_transformers_has_the_logits_of_our_merged_checkpoint_in_shards_too(tmp_
     out, want = tmp_path / "out", random_gemma(dtype=dtype)
     model_gemma.save_gemma(want, tmp_path / "base")
     saved(tmp_path)
-    lora.save_merged(tmp_path, out, tmp_path / "base", shard_bytes=limit)
+    merged.save_merged(tmp_path, out, tmp_path / "base", shard_bytes=limit)
     ours, files = model_gemma.load_gemma(out, dtype)(IDS), sorted(out.glob("*.safetensors"))
     torch.testing.assert_close(ours, theirs(out)(IDS).logits.float(), atol=tol, rtol=0)
     lora.load_adapter(want, tmp_path)
