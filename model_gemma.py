@@ -395,6 +395,7 @@ def weight_files(spec):
 
 @contextlib.contextmanager
 def _opened(path):
+    need(Path(path).is_file(), f"no such file: {path}")
     with expecting(f"{path}: not a whole safetensors file; {data.damaged(path)}", SafetensorError, OSError):
         with safe_open(path, "pt", device="cpu") as f:
             yield f

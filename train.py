@@ -433,8 +433,9 @@ def subspace(s, model, sets, folder):
         V, D = dict(model_gemma.read_tensors(path)), model.config.d_model
         bases = {i: V.get(f"V.{i}", torch.empty(0)) for i in s.layers}
         for i, x in bases.items():
-            good = x.dim() == 2 and len(x) == D and x.dtype == torch.float32
-            need(good, f"{path}: V.{i} is missing or not fp32 ({D}, r_s)")
+            good = x.dim() == 2 and len(x) == D and x.shape[1] and x.dtype == torch.float32
+            good = good and torch.allclose(x.T @ x, torch.eye(x.shape[1]), atol=1e-3)
+            need(good, f"{path}: V.{i} is missing or not orthonormal, fp32 ({D}, r_s)")
         return bases
     saes, pairs, stats = dict.fromkeys(s.layers), [], {i: dict(D=model.config.d_model) for i in s.layers}
     reads = "model data shared sae width layers contrast contrast_data contrast_pairs last"
@@ -572,12 +573,14 @@ def quiet_run(s):
             raise
 
 def report(folder, runs):
-    """Write and print the table of runs, read from their folders."""
+    """Write and print the table of runs, read from their folders; then their pages."""
+    with data.expecting(f"a damaged file below {folder}", LookupError, TypeError, AttributeError, ValueError):
+        _report(folder, runs)
+
+def _report(folder, runs):
     paths = [Path(r.out) / "results.json" for r in runs]
     kinds = dict(method=str, lr=float, seed=int, validation=dict, sets=dict)
-    results = [data.read_json(path, **kinds) for path in paths]
-    with data.expecting(f"damaged results.json below {folder}", KeyError, TypeError, AttributeError):
-        lines = evaluation.table(results)
+    lines = evaluation.table([data.read_json(path, **kinds) for path in paths])
     data.write_text(folder / "table.md", "\n".join(lines) + "\n")
     chosen = [Path(r.out) / "features.json" for r in runs if r.method == "sails"]
     if chosen and len(runs) > 2:  # a single run has printed them
