@@ -18,14 +18,14 @@ from queue import SimpleQueue
 
 TOP = Path(__file__).resolve().parent.parent
 TESTS = {
-    "data.py": "tokens eval tiny_world table train sae", "model_gemma.py": "gemma parity",
-    "lora.py": "lora walk train",
-    "sae.py": "sae walk explain", "sails.py": "subspace contrast theory walk explain",
-    "eval.py": "eval judges table",
+    "data.py": "tokens eval tiny_world table train sae bad_inputs kills", "sae.py": "sae walk explain",
+    "model_gemma.py": "gemma parity bad_inputs", "lora.py": "lora walk train bad_inputs",
+    "sails.py": "subspace contrast theory walk explain", "eval.py": "eval judges table",
     "train.py": "objectives table train", "benchmarks/tiny_world.py": "tiny_world",
-    "benchmarks/study.py": "studies", "benchmarks/pages.py": "report", "benchmarks/explain.py": "explain",
-    "benchmarks/gcg.py": "attack"}
-SLOW = ("batch[rank::machines]",)  # needs the tests marked slow
+    "benchmarks/study.py": "studies", "benchmarks/pages.py": "report", "benchmarks/gcg.py": "attack",
+    "benchmarks/explain.py": "explain"}
+SLOW = ("batch[rank::machines]", "fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)",  # tests marked slow
+        "before = on_signals(lambda number, frame: came.append(number))", "        while os.getppid() == pid:\n")
 
 MISTAKES = ast.literal_eval(Path(__file__).with_name("mistakes.txt").read_text(encoding="utf-8"))
 EQUIVALENT = {}  # old text: why no test can see it
