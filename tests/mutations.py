@@ -24,8 +24,8 @@ TESTS = {
     "train.py": "objectives table train", "benchmarks/tiny_world.py": "tiny_world",
     "benchmarks/study.py": "studies", "benchmarks/pages.py": "report", "benchmarks/gcg.py": "attack",
     "benchmarks/explain.py": "explain"}
-SLOW = ("batch[rank::machines]", "fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)",
-        "before = on_signals(lambda number, frame: came.append(number))", "        while os.getppid() == pid:\n")
+SLOW = ("batch[rank::machines]", "fcntl.LOCK_EX | fcntl.LOCK_NB", "while os.getppid() == pid:",
+        "came.append(number)")  # need the tests marked slow
 
 MISTAKES = ast.literal_eval(Path(__file__).with_name("mistakes.txt").read_text(encoding="utf-8"))
 EQUIVALENT = {}  # old text: why no test can see it
