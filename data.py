@@ -129,6 +129,7 @@ class _Stream:
     """A standard stream: what no reader takes is dropped, control characters are spelt out."""
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")
+        getattr(stream, "reconfigure", dict)(errors="backslashreplace")  # dict: a stream without it
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -384,7 +385,8 @@ def _sha256(path, size, changed):
 
 def _local(spec, kind):
     """(folder, names, None) of a local path, else None: a path wins over a hub id."""
-    path = Path(spec).expanduser()
+    with expecting(spec, RuntimeError):
+        path = Path(spec).expanduser()
     need(kind == "dataset" or not path.is_file(), f"{spec} is a file; give the folder that it lies in")
     if path.is_dir():
         return path, sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()), None

@@ -15,6 +15,7 @@ import re
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -236,7 +237,7 @@ def _ask_all(todo, judge, path):
     with ThreadPoolExecutor(judge["parallel"]) as pool:
         try:
             jobs = {pool.submit(ask_judge, judge, messages, stop): verdict for verdict, messages in todo}
-            for job in data.progress(as_completed(jobs), total=len(jobs), desc=f"judged by {judge['name']}"):
+            for job in data.progress(as_completed(jobs), total=len(jobs), desc="judged", disable=None):
                 try:
                     answer = job.result()
                 except UserError as e:
@@ -462,7 +463,7 @@ def conclusion(results, title, rates):
 def parser():
     """Every setting."""
     ap = data.Arguments(description="Reply to prompts, judge the replies, tabulate; measure costs.")
-    a, count, number = ap.add_argument, data.at_least(1), data.at_least(0, float)
+    a, count, number = ap.add_argument, data.at_least(1), data.at_least(0, float, 1e6)
     a("--model", help="folder or hub id; not needed where --out holds every reply")
     a("--adapter", help="a finished run's folder, or any plain LoRA in PEFT's form")
     a("--merged", action="store_true", help="merge --adapter into the weights first")
@@ -482,7 +483,7 @@ def parser():
     a("--judge-model", help="the model's name at the URL")
     a("--judge-key-env", default="OPENAI_API_KEY", help="environment variable that holds the key")
     a("--judge-timeout", type=number, default=120, help="seconds for one answer")
-    a("--judge-tries", type=count, default=6)
+    a("--judge-tries", type=data.at_least(1, high=100), default=6)
     a("--judge-pause", type=number, default=1, help="seconds before the second try, doubled each time")
     a("--judge-parallel", type=count, default=8, help="requests in flight")
     a = ap.add_argument_group("what alignment cost").add_argument
@@ -528,6 +529,9 @@ def judges(args):
          f"{', '.join(PHRASE_JUDGES)}, and at most one URL, http(s)://..., with its --judge-model NAME")
     if not urls:
         return names, None
+    u = urllib.parse.urlsplit(urls[0])
+    plain = u.hostname and not (u.query or u.fragment or u.username)
+    need(plain, "--judge: wanted a plain http(s)://HOST[:PORT]/PATH, the key in an environment variable")
     url = re.sub(r"(/chat/completions)?/*$", "/chat/completions", urls[0], count=1)
     settings = {k: getattr(args, "judge_" + k) for k in ("timeout", "tries", "pause", "parallel", "key_env")}
     key = os.environ.get(args.judge_key_env) or ""

@@ -374,7 +374,9 @@ def sources(s):
     if s.method in sails.READS_SAE and s.sae != "fit":
         out["sae"] = [data.fingerprint(s.sae, [sae_module.sae_file(s.sae, i, s.width)]) for i in s.layers]
     more = [x for x in (*(s.test or []), s.text, s.contrast_data) if x]
-    return out | {x: data.fingerprint(x, data.listing(x, "dataset"), "dataset") for x in more}
+    read = lambda x: x != s.text or Path(x).is_file()  # of a folder of texts .txt files are read
+    names = {x: [n for n in data.listing(x, "dataset") if read(x) or n.endswith(".txt")] for x in more}
+    return out | {x: data.fingerprint(x, names[x], "dataset") for x in more}
 
 def load_sets(s):
     """All that runs read, encoded once; parts that --data lacks are split off by prompt."""
@@ -618,11 +620,12 @@ def main():
     with data.owned(folder, "runs.json") if lead() else contextlib.nullcontext() as begun:
         if begun:
             data.read_json(folder / "runs.json", runs=list)
-        if lead():
-            data.write_json(folder / "runs.json", dict(runs=[r.out for r in runs]))
+        need(len({r.out for r in runs}) == len(runs), "--lr: two rates look alike")
         for r in runs:  # all that is there belongs together, before anything is added to it
             if (Path(r.out) / "run.json").exists():
                 data.same_settings(Path(r.out) / "run.json", noted(r))
+        if lead():
+            data.write_json(folder / "runs.json", dict(runs=[r.out for r in runs]))
         bar = data.progress(total=len(runs), desc="runs", disable=None if lead() else True)
         for first in (True, False):  # the bases measure and fit what other runs share
             for _ in each(s.jobs, [r for r in runs if (r.method == "base") == first]):
