@@ -129,9 +129,11 @@ def show(args):
     template, turns = data.default_template(args.model, tok), data.read_prompts([LOOKALIKES], 8)
     prompts = [data.render_chat(tok, r["turns"], None, template)[0] for r in turns]
     source = args.sae, args.layers, args.width
+    rows = data.read_json(args.features) if args.features else []
+    raises = {(f["layer"], f["feature"]): [word for word, _ in f.get("raises", [])[:4]] for f in rows}
     for e in explain_adapter(args.explain, model, tok, source, args.features, prompts)["sums"]:
         span = f"; the chosen span {e['inside']:.3f}, by chance {e['chance']:.3f}" if e["chosen"] else ""
         print(f"{e['name']}: shares of the update, random adapters' end at {e['baseline']:.4f}{span}")
         for o in sorted(e["chosen"], key=lambda o: -o["share"])[:5] + e["others"]:
-            words = "raises " + " ".join(map(repr, o["words"])) if "words" in o else "chosen"
-            print(f"  feature {o['feature']:6d}  {o['share']:.4f}  {words}")
+            kind, words = ("", o["words"]) if "words" in o else ("chosen, ", raises[e["sae_layer"], o["feature"]])
+            print(f"  feature {o['feature']:6d}  {o['share']:.4f}  {kind}raises {' '.join(map(repr, words))}")

@@ -24,6 +24,7 @@ NEURONPEDIA = re.compile(r"https://www\.neuronpedia\.org/[\w/.-]+")
 RATES = {"safety rate": "Safety rate", "over-refusal": "Over-refusal", "help": "Help, harmless requests done"}
 LOGGED = {"loss": "Loss", "lr": "Learning rate", "grad_norm": "Gradient norm, before clipping",
           "margin": "DPO margin, nats", "reward": "Reward", "kl": "KL from the base, nats"}
+SETS = {"replies": ("chosen", "rejected", "replies"), "prompts": ("harmful", "benign", "prompts")}
 FIRST = 6  # features shown at once, of every layer; the others unfold
 
 def write_pages(folder, runs):
@@ -49,10 +50,12 @@ def write_page(folder, results):
         title=title(run["settings"], best), sentence=sentence(run["settings"], results, best, shown),
         table=html_table(lines) + "".join(f"<p>{line}</p>\n" for line in lines if line and line[0] != "|"),
         rates=rates(results) if several else "", runs=every_run(folder, results) if several else "",
-        curves=curves(tuned), settings=settings(run), shown=html.escape(shown.name))
+        curves=curves(tuned), settings=settings(run), shown=html.escape(shown.name), **words(run["settings"]),
+        averaged="Means over seeds and over neighbouring steps, at each method's best rate; a line may hide "
+                 "an equal one." if several else "")
     page, card = data.read_text(Path(__file__).with_suffix(".html")).split("<!-- a feature -->\n")
     parts |= subspace(shown, run["settings"]) | drift(shown)
-    parts |= dict(features=features(shown, card), explain=explained(shown))
+    parts |= dict(features=features(shown, card, SETS[run["settings"]["contrast"]]), explain=explained(shown))
     for key in [key for key, part in parts.items() if not part]:  # a section without content goes
         page = re.sub(rf'<section id="{key}">.*?</section>\n', "", page, flags=re.S)
     data.write_text(folder / "report.html", string.Template(page).substitute(parts))
@@ -96,6 +99,17 @@ def sentence(s, results, best, shown):
     trained = f"{s['method']} trained {after['parameters']:,} parameters{rank}"
     return (f"{trained}: {steps} at learning rate {s['lr']:g}. "
             f"{f'On {where} prompts: ' * bool(where)}{', '.join(moved)}.")
+
+def words(s):
+    """{choice, texts}: what this run's features are and where they are shown."""
+    one, other, kind = SETS[s["contrast"]]
+    means = f"E[a | {one}] &minus; E[a | {other}]"
+    rule = "|&Delta;|" if s["score"] == "absolute" else f"&Delta; / E[a | {other}]"
+    choice = f"The SAE features that tell {one} from {other} {kind} best, by {rule}, best first in every layer"
+    if s["method"] == "random-features":
+        choice = f"SAE features drawn at random among those that fire on {one} or {other} {kind}"
+    texts = f"the {kind} themselves" if s["show_texts"] else f"plain text (--show-texts shows the {kind})"
+    return dict(choice=f"{choice}. &Delta; = {means}, t is &Delta; over its standard error", texts=texts)
 
 def plural(n, word):
     """A number and its noun."""
@@ -200,7 +214,7 @@ def drift(folder):
     return dict(drift="".join(out.values()))
 
 # ---- features ----
-def features(folder, template):
+def features(folder, template, sets):
     """A card for every feature of features.json, the best of each layer open."""
     layers, shares, out = {}, {}, ""
     for e in (read(folder / "explain.json") or dict(sums=[]))["sums"]:
@@ -208,27 +222,27 @@ def features(folder, template):
             shares.setdefault((e["sae_layer"], c["feature"]), []).append(f"{c['share']:.1%} {e['side']}")
     for f in read(folder / "features.json") or []:
         share = ", ".join(shares.get((f["layer"], f["feature"]), []))
-        layers.setdefault(f["layer"], []).append(card(f, template, share))
+        layers.setdefault(f["layer"], []).append(card(f, template, sets, share))
     for layer, cards in layers.items():
         more = f"<details><summary>{len(cards) - FIRST} more of layer {layer}</summary>\n"
         out += f'<div class="grid">{"".join(cards[:FIRST])}</div>\n'
         out += f'{more}<div class="grid">{"".join(cards[FIRST:])}</div></details>\n' if cards[FIRST:] else ""
     return out
 
-def card(f, template, share=""):
+def card(f, template, sets, share=""):
     """One feature of features.json, escaped, as HTML; runs made before a key existed lack it."""
     words = lambda key, form: " ".join(
-        f"<code>{visible(w)}<i>{format(x, form)}</i></code>" for w, x in f.get(key, ()))
+        f"<code>{token(w)}<i>{format(x, form)}</i></code>" for w, x in f.get(key, ()))
     known, fires = NEURONPEDIA.fullmatch(f["link"] or ""), ""
     if "fires_aligned" in f:
-        fires = (f"fires in {f['fires_aligned']:.0%} of aligned, {f['fires_unaligned']:.0%} of unaligned "
-                 f"texts, typically {f['typical']:.2f}")
+        fires = (f"fires in {f['fires_aligned']:.0%} of {sets[0]}, {f['fires_unaligned']:.0%} of {sets[1]} "
+                 f"{sets[2]}, there {f['typical']:.2f} on average")
     return string.Template(template).substitute(
         layer=f["layer"], feature=f["feature"], delta=f"{f['delta']:+.3f}", t=f"{f['t']:+.1f}", fires=fires,
         link=f'<a href="{f["link"]}">Neuronpedia</a>' if known else "",
         share=f"of the update: {share}" if share else "",
         raises=words("raises", "+.2f"), lowers=words("lowers", "+.2f"), fires_on=words("fires_on", ".0%"),
-        promotes=" ".join(f"<code>{visible(w)}</code>" for w in f["promotes"]),
+        promotes=" ".join(f"<code>{token(w)}</code>" for w in f["promotes"]),
         contexts="".join(context(**c) for c in f.get("contexts", ())),
         histogram=histogram(f["histogram"], f["maximum"]) if "histogram" in f else "")
 
@@ -236,13 +250,17 @@ def visible(word):
     """A token's text with its line breaks shown."""
     return word.replace("\n", "&crarr;").replace("\t", "&rarr;")
 
+def token(word):
+    """A token's text by itself: a space in front is a word's beginning, so it is shown too."""
+    return visible("&middot;" + word[1:] if word.startswith(" ") else word)
+
 def context(tokens, at, activation):
-    """The tokens around a strong activation, the one that it is on marked."""
+    """The tokens around a strong activation, the one that it is on marked, and how strong it is."""
     glue = "" if any(" " in token for token in tokens) else " "  # the tiny world's tokens are words
     around = tokens[max(0, at - 24):at], tokens[at + 1:at + 13]
     before, after = (glue.join(map(visible, part)) for part in around)
-    mark = f'<mark title="{activation:.2f}">{visible(tokens[at])}</mark>'
-    return f'<p class="context">{glue.join((before, mark, after))}</p>'
+    mark = f'<mark>{visible(tokens[at])}</mark>'
+    return f'<p class="context">{glue.join((before, mark, after))} <i>{activation:.2f}</i></p>'
 
 def histogram(counts, maximum):
     """Counts of equal bins from 0 to the maximum as bars."""
@@ -252,18 +270,27 @@ def histogram(counts, maximum):
             f'<div class="note">0 to {maximum:.2f}, {sum(counts):,} active tokens</div>')
 
 def explained(folder):
-    """explain.json's sums as a table, and its baseline in words."""
+    """explain.json's sums as a table, features with the tokens that they raise, and its baseline in words."""
     found = read(folder / "explain.json")
     if not found:
         return ""
+    known = {(f["layer"], f["feature"]): f.get("raises", ()) for f in read(folder / "features.json") or ()}
+
+    def named(shares, layer):
+        lines = []
+        for o in shares[:4]:
+            raises = o.get("words") or [w for w, _ in known.get((layer, o["feature"]), ())]
+            tokens = " ".join(f"<code>{token(w)}</code>" for w in raises[:4])
+            lines.append(f"<b>{o['feature']}</b> {o['share']:.1%} {tokens}")
+        return "<br>".join(lines) or "none"
     rows = {}
     for e in found["sums"]:
         top = sorted((c for c in e["chosen"] if c["share"] > e["baseline"]), key=lambda c: -c["share"])
         rows[e["name"]] = {
-            "inside": e["inside"], "chance": e["chance"], "one feature is news above": e["baseline"],
-            "chosen features": ", ".join(f"{c['feature']}: {c['share']:.1%}" for c in top[:4]) or "none",
-            "others": ", ".join(f"{o['feature']}: {o['share']:.1%} {' '.join(map(visible, o['words'][:4]))}"
-                                for o in e["others"][:4]) or "none"}
-    baseline = (f"Of random adapters with the same singular values one passes that, for any feature of any "
-                f"adapter, with a probability of at most {found['alarm']:g} (sails.random_share).")
+            "inside": e["inside"], "by chance": e["chance"], "baseline of one feature": f"{e['baseline']:.1%}",
+            "chosen features above it, and what they raise": named(top, e["sae_layer"]),
+            "others above it": named(e["others"], e["sae_layer"])}
+    baseline = (f"Baseline: with a probability of at least {1 - found['alarm']:g} no random adapters with these "
+                "singular values have a larger share along any feature (sails.random_share). At most four are "
+                "listed; explain.json has all, and those of every adapter.")
     return html_table(markdown("side and SAE layer", rows)) + f'<p class="note">{baseline}</p>'
