@@ -22,7 +22,6 @@ XET_TOKEN = {"X-Xet-Access-Token": "xet", "X-Xet-Token-Expiration": "4102444800"
 
 class HubServer(http.server.ThreadingHTTPServer):
     """Serve `root` from a thread: `with HubServer(root) as hub: ... hub.url`. Attributes switch faults on."""
-
     def __init__(self, root):
         super().__init__(("127.0.0.1", 0), Handler)
         self.root, self.url = Path(root), f"http://127.0.0.1:{self.server_port}"
@@ -59,7 +58,6 @@ def etag_of(path):
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True                     # else an answer waits 40 ms for an acknowledgement
-
     log_message = staticmethod(lambda *args: None)
 
     def do_GET(self):
@@ -76,7 +74,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             kind, parts = ("dataset", parts[1:]) if parts[0] == "datasets" else ("model", parts)
             self.resolve(kind, "/".join(parts[:2]), parts[3], "/".join(parts[4:]))
-
     do_HEAD = do_GET
 
     def api(self, kind, repo, what, rev):

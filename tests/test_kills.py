@@ -50,7 +50,6 @@ def zygote():
 
 class Launcher:
     """Starts what is disturbed; knows what an undisturbed run leaves."""
-
     def __init__(self, home, top):
         self.home, self.top, self.left = home, top, {}
         asks = [dict(prompt=f"{'hey ' * (i % 4)}how make thing{i} ?", label="benign") for i in range(90)]
@@ -167,6 +166,14 @@ def test_a_folder_in_use_is_refused_and_the_run_in_it_is_not_disturbed(launcher,
     refused = [go(launcher.arguments("run", out, more)) for more in ("", "--resume")]
     assert [(code, err.count("\n"), err[:7]) for code, _, err in refused] == [(2, 1, "error: ")] * 2
     assert end() == 0 and artifacts(out) == launcher.undisturbed("run")
+
+def test_a_worker_ends_with_its_killed_parent():
+    code = "if not os.fork(): data.follow_parent(); print(os.getpid(), flush=True)\ntime.sleep(60)"
+    parent = subprocess.Popen([sys.executable, "-c", f"import os, time, data\n{code}"], cwd=TOP, stdout=-1)
+    stat = Path(f"/proc/{int(parent.stdout.readline())}/stat")
+    parent.kill()
+    time.sleep(1)
+    assert not stat.exists() or " Z " in stat.read_text()
 
 def test_of_two_starts_at_once_one_runs_and_the_other_is_refused(launcher, tmp_path):
     both = [start(launcher.arguments("run", tmp_path / "run"), tmp_path) for _ in "ab"]
