@@ -589,7 +589,8 @@ def _report(folder, runs):
         shown = sae_module.feature_lines(data.read_json(chosen[0]))
         say(f"Features that SAILS chose ({chosen[0].with_suffix('.md')}):", *shown, "")
     say(*lines)
-    say(f"Open {pages.write_pages(folder, runs)} in a browser; a folder a run beside it")
+    beside = "; a folder a run beside it" if len(runs) > 2 else ""
+    say(f"Open {pages.write_pages(folder, runs)} in a browser{beside}")
 
 def main():
     s = settings()

@@ -135,5 +135,6 @@ def show(args):
         span = f"; the chosen span {e['inside']:.3f}, by chance {e['chance']:.3f}" if e["chosen"] else ""
         print(f"{e['name']}: shares of the update, random adapters' end at {e['baseline']:.4f}{span}")
         for o in sorted(e["chosen"], key=lambda o: -o["share"])[:5] + e["others"]:
-            kind, words = ("", o["words"]) if "words" in o else ("chosen, ", raises[e["sae_layer"], o["feature"]])
-            print(f"  feature {o['feature']:6d}  {o['share']:.4f}  {kind}raises {' '.join(map(repr, words))}")
+            words = " ".join(map(repr, o.get("words") or raises[e["sae_layer"], o["feature"]]))
+            kind = "" if "words" in o else "chosen, "
+            print(f"  feature {o['feature']:6d}  {o['share']:.4f}  {kind}raises {words}")

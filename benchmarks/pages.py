@@ -105,7 +105,7 @@ def words(s):
     one, other, kind = SETS[s["contrast"]]
     means = f"E[a | {one}] &minus; E[a | {other}]"
     rule = "|&Delta;|" if s["score"] == "absolute" else f"&Delta; / E[a | {other}]"
-    choice = f"The SAE features that tell {one} from {other} {kind} best, by {rule}, best first in every layer"
+    choice = f"The SAE features that tell {one} from {other} {kind} best, by {rule}, best first"
     if s["method"] == "random-features":
         choice = f"SAE features drawn at random among those that fire on {one} or {other} {kind}"
     texts = f"the {kind} themselves" if s["show_texts"] else f"plain text (--show-texts shows the {kind})"
@@ -287,10 +287,11 @@ def explained(folder):
     for e in found["sums"]:
         top = sorted((c for c in e["chosen"] if c["share"] > e["baseline"]), key=lambda c: -c["share"])
         rows[e["name"]] = {
-            "inside": e["inside"], "by chance": e["chance"], "baseline of one feature": f"{e['baseline']:.1%}",
+            "inside": e["inside"], "by chance": e["chance"],
+            "baseline of one feature": f"{e['baseline']:.1%}",
             "chosen features above it, and what they raise": named(top, e["sae_layer"]),
             "others above it": named(e["others"], e["sae_layer"])}
-    baseline = (f"Baseline: with a probability of at least {1 - found['alarm']:g} no random adapters with these "
-                "singular values have a larger share along any feature (sails.random_share). At most four are "
-                "listed; explain.json has all, and those of every adapter.")
+    baseline = (f"Baseline: with a probability of at least {1 - found['alarm']:g} random adapters with equal "
+                "singular values have no larger share along any feature (sails.random_share). At most four "
+                "are listed; explain.json has all, and those of every adapter.")
     return html_table(markdown("side and SAE layer", rows)) + f'<p class="note">{baseline}</p>'

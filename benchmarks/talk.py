@@ -22,6 +22,10 @@ def steer(model, sae, layer, feature, strength):
     row = (strength * sae.W_dec[feature]).to(model.device, model.dtype)  # (D,)
     return model.layers[layer].register_forward_hook(lambda block, args, h: h + row)
 
+def own_turn(text, template):
+    """A reply without the turns after it: in HH's form no marker ends one, a base model speaks both sides."""
+    return (data.FORGED.split(text)[0] if template == "hh" else text).strip()
+
 def parser():
     """Every setting."""
     ap = data.Arguments(description="Let a Gemma answer a prompt or, without --prompt, chat line by line.")
@@ -62,7 +66,7 @@ def main():
         turns.append(dict(role="user", content=line))
         ids, _ = data.render_chat(tok, turns, None, template)
         [new] = model_gemma.generate(model, [ids], args.max_new, stop, args.temperature, [len(turns)])
-        turns.append(dict(role="assistant", content=tok.decode(new).strip()))
+        turns.append(dict(role="assistant", content=own_turn(tok.decode(new), template)))
         print(turns[-1]["content"], flush=True)
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import data
 import model_gemma
 from conftest import go, random_sae
 from data import UserError
-from benchmarks.talk import steer
+from benchmarks.talk import own_turn, steer
 from model_gemma import KVCache, config_from_json, generate, load_gemma, save_gemma
 from test_lora import saved
 
@@ -113,6 +113,7 @@ def test_the_command_answers_adds_features_and_an_adapter_and_a_chat_keeps_its_t
     assert say(home, *features) == reply(home, steered, "hey how") != answer
     more = reply(home, plain, "hey how", answer, "make thing5 ?")
     assert say(home, lines="hey how\n\n  \nmake thing5 ?\n") == answer + more
+    assert own_turn(" Hi.\n\nHuman: a", "hh") == "Hi." and own_turn("a\n\nHuman: b", "gemma")[-1] == "b"
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steering_adds_the_decoder_row_after_the_block_at_every_position(home, dtype):
