@@ -39,7 +39,8 @@ METHODS = (*sails.METHODS, "lora", "full")
 WORLD = Path("runs/world-0")
 # What the tiny world asks for, as if it had been typed; without --model the lists too
 TINY = (f"--sae {WORLD}/sae --layers 2 --width 256 --data {WORLD}/data-{{seed}} --r 4 --k 4 --tau 1 "
-        "--contrast prompts --steps 80 --batch 16 --micro 64 --warmup 10 --lr 3e-3 --max-new 12").split()
+        "--contrast prompts --steps 80 --watch 20 --batch 16 --micro 64 --warmup 10 --lr 3e-3 "
+        "--max-new 12").split()
 LISTS = ("--method sails,random,lora,full --lr 1e-3,3e-3,1e-2 --full-lr 1e-4,3e-4,1e-3 --seed 0,1,2 "
          "--jobs 2").split()
 
@@ -97,6 +98,7 @@ def parser():
     a("--seed", type=some(data.at_least(0)), default=[0], help="a list: data order and random starts")
     a("--checkpointing", action="store_true", help="recompute blocks in the backward pass to save memory")
     a("--save-every", type=count, default=50, help="steps between checkpoints")
+    a("--watch", type=data.at_least(0), default=0, help="steps between looks at validation's rates; 0: none")
     a("--dtype", choices=model_gemma.DTYPES, help="base weights (bfloat16 on a GPU, float32 on a CPU)")
     a("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
     a = ap.add_argument_group("--sae fit").add_argument
@@ -216,10 +218,10 @@ def lr_at(step, s):
     """Linear warm-up to s.lr, then linear decay that would reach 0 one step after the last."""
     return s.lr * min((step + 1) / max(1, s.warmup), (s.steps - step) / max(1, s.steps - s.warmup), 1.0)
 
-def align(model, rows, s, loss, folder=None):
+def align(model, rows, s, loss, folder=None, watch=None):
     """Train what requires a gradient for s.steps steps; `folder` gets log.jsonl and checkpoints.
     A step is a pure function of (weights, optimizer state, s, step), so a resumed run is the undisturbed one,
-    bit for bit. loss as make_loss builds it."""
+    bit for bit. loss as make_loss builds it; watch() is logged every s.watch steps."""
     params = lora.trainable(model)
     opt = torch.optim.AdamW([p for _, p in params], lr=s.lr, weight_decay=0.0)
     state = folder / "state.safetensors" if folder else None
@@ -245,6 +247,7 @@ def align(model, rows, s, loss, folder=None):
             stop = row.pop("stop") > 0
             if log:
                 row["tokens_per_s"] = round(row["tokens"] / (time.perf_counter() - began))
+                row |= watch() if watch and (step + 1) % s.watch == 0 else {}
                 data.append_rows(log, [row])
                 bar.set_postfix(refresh=False, loss=f"{row['loss']:.3f}", tokens_per_s=row["tokens_per_s"])
                 bar.update()
@@ -292,7 +295,7 @@ def run(s):
                 say(f"training {count:,} parameters: {s.objective}, {s.steps} steps of {s.batch}, lr {s.lr}")
                 reference = base_reference(model) if s.objective != "sft" or s.replay > 0 else None
                 loss = make_loss(s, model, reference, judge_reward(sets.tok, s.stop), sets.neutral)
-                align(model, sets.train, s, loss, folder)
+                align(model, sets.train, s, loss, folder, watcher(s, model, sets))
                 results |= dict(parameters=count, drift=save(s, model, sets, folder))
             elif s.sae == "fit":
                 fit_saes(s, model, sets)
@@ -427,6 +430,13 @@ def start(s, model, sets, folder):
     if bases:
         sides = ("read", "write") if s.sides == "both" else (s.sides,)
         lora.init_sails(model, bases, s.seed, s.freeze_basis, s.norm_aware, sides)
+
+def watcher(s, model, sets):
+    """A look at the rates on validation prompts, for align; None without --watch."""
+    some = [p for p in sets.prompts if p["set"] == "validation"]
+    need(some or not s.watch, "--watch needs labelled validation examples")
+    look = lambda: evaluation.glance(model, sets.tok, some, s.template, s.max_new, 8 * s.micro)
+    return look if s.watch else None
 
 def subspace(s, model, sets, folder):
     """Stages 1 and 2: {SAE layer: V (D, r_s)}, kept in the run's folder for --resume."""

@@ -87,6 +87,30 @@ def _contexts(tok, texts, where, a, n=3, before=10, after=5):
             out[key] = dict(tokens=tokens, at=at - start, activation=float(x))
     return list(out.values())
 
+def fires():
+    """Print which features fire on a prompt: `python sae.py`."""
+    ap = data.Arguments(description="Show which SAE features fire on a prompt.")
+    ap.add_argument("--model", required=True, help="folder or hub id")
+    ap.add_argument("--sae", required=True, help="folder or hub id, laid out like Gemma Scope")
+    ap.add_argument("--layer", type=data.at_least(0), required=True)
+    ap.add_argument("--width", default="16k")
+    ap.add_argument("--prompt", required=True)
+    ap.add_argument("--top", type=data.at_least(1), default=10)
+    args = ap.parse_args()
+    model, tok = model_gemma.load_gemma(args.model), data.load_tokenizer(args.model)
+    sae = sae_module.load_sae(args.sae, args.layer, args.width)
+    sae_module.check_fit(sae, model, args.layer)
+    ids = [data.BOS] + data.encode_plain(tok, args.prompt)
+    with torch.no_grad():
+        x = model.residuals(torch.tensor([ids]), [args.layer])[args.layer][0, 1:].float()  # (T-1, D)
+    a, q = sae.encode(x), sae_module.sae_quality(sae, x)
+    print(f"{sae.name}: {q['l0']:.0f} features a token, {q['fve']:.2f} of the variance explained")
+    best, at = a.max(0)
+    for i in best.argsort(descending=True)[:args.top].tolist():
+        words = " ".join(map(repr, promoted_tokens(model, tok, sae.W_dec[i:i + 1], 6)[0]))
+        token = token_text(tok, ids[1 + int(at[i])])
+        print(f"feature {i:6d}  {best[i]:8.2f} at {token!r:14} promotes {words}")
+
 # ---- adapters ----
 def explain_adapter(folder, model, tok, source, features, prompts):
     """sails.explain of a folder in PEFT's form; `others` get words: the tokens that they raise.

@@ -22,8 +22,10 @@ from eval import NLL, best_rates, markdown, table
 
 NEURONPEDIA = re.compile(r"https://www\.neuronpedia\.org/[\w/.-]+")
 RATES = {"safety rate": "Safety rate", "over-refusal": "Over-refusal", "help": "Help, harmless requests done"}
-LOGGED = {"loss": "Loss", "lr": "Learning rate", "grad_norm": "Gradient norm, before clipping",
-          "margin": "DPO margin, nats", "reward": "Reward", "kl": "KL from the base, nats"}
+LOGGED = {"loss": "Loss", "safety rate": "Safety rate, validation prompts",
+          "over-refusal": "Over-refusal, validation prompts", "lr": "Learning rate",
+          "grad_norm": "Gradient norm, before clipping", "margin": "DPO margin, nats", "reward": "Reward",
+          "kl": "KL from the base, nats"}
 SETS = {"replies": ("chosen", "rejected", "replies"), "prompts": ("harmful", "benign", "prompts")}
 FIRST = 6  # features shown at once, of every layer; the others unfold
 

@@ -88,7 +88,7 @@ OPTIONS = {  # what differs: options, each after the ones that it needs
     "end replies": "--objective rloo : --max-new 3",
     "replies": "--test TEST; --max-new 3",
     "memory": "--checkpointing",
-    "": "--micro 8; --save-every 2; --text TEXT; --show-texts"}
+    "": "--micro 8; --save-every 2; --text TEXT; --show-texts; --watch 2"}
 
 @pytest.fixture(scope="module")
 def made(home, tmp_path_factory):
