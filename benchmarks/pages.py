@@ -110,7 +110,8 @@ def words(s):
     choice = f"The SAE features that tell {one} from {other} {kind} best, by {rule}, best first"
     if s["method"] == "random-features":
         choice = f"SAE features drawn at random among those that fire on {one} or {other} {kind}"
-    texts = f"the {kind} themselves" if s["show_texts"] else f"plain text (--show-texts shows the {kind})"
+    texts = f"plain text (with <code>--show-texts</code>: in the {kind})"
+    texts = f"the {kind} themselves" if s["show_texts"] else texts
     return dict(choice=f"{choice}. &Delta; = {means}, t is &Delta; over its standard error", texts=texts)
 
 def plural(n, word):
@@ -238,7 +239,7 @@ def card(f, template, sets, share=""):
     known, fires = NEURONPEDIA.fullmatch(f["link"] or ""), ""
     if "fires_aligned" in f:
         fires = (f"fires in {f['fires_aligned']:.0%} of {sets[0]}, {f['fires_unaligned']:.0%} of {sets[1]} "
-                 f"{sets[2]}, there {f['typical']:.2f} on average")
+                 f"{sets[2]}, typically {f['typical']:.2f}")
     return string.Template(template).substitute(
         layer=f["layer"], feature=f["feature"], delta=f"{f['delta']:+.3f}", t=f"{f['t']:+.1f}", fires=fires,
         link=f'<a href="{f["link"]}">Neuronpedia</a>' if known else "",

@@ -190,19 +190,14 @@ def test_an_sae_is_asked_for_only_where_one_is_read(home, tmp_path, method):
     code, _, err = go([x for x in args if x not in ("--sae", home.sae)])
     assert (code == 2) == ("give --sae DIR or --sae fit" in err) == (method in ("sails", "random-features"))
 
-FAULTS = """--model {tmp}/nowhere -> no such folder
---data {tmp}/nowhere -> no such file or folder
---data {tmp}/one.jsonl -> too few usable examples
+FAULTS = """--data {tmp}/one.jsonl -> too few usable examples
 --max-tokens 9 -> 64 longer than 9 tokens
 --method lora --data {tmp}/plain.jsonl --objective dpo -> --objective dpo needs rejected in every row
 --data {tmp}/plain.jsonl --method lora --objective rloo -> --objective rloo needs label in every row
 --data {tmp}/plain.jsonl -> --contrast replies needs rejected replies
 --test {tmp}/plain.jsonl -> --test needs a label
 --replay .1 -> --replay needs neutral text
---sae {tmp}/wide -> reads vectors of 32 numbers, but the model's residual stream has 24
---k 41 -> --k asks for 41
---method full --dtype bfloat16 -> add --dtype float32
---samples 1 -> argument --samples"""
+--sae {tmp}/wide -> reads vectors of 32 numbers, but the model's residual stream has 24"""
 
 @pytest.mark.parametrize("fault", FAULTS.splitlines())
 def test_a_refusal_is_one_clear_line_with_exit_code_2_and_leaves_no_folder(home, tmp_path, fault):
@@ -263,3 +258,10 @@ def test_each_rate_of_full_has_a_folder(home, tmp_path):
     go(command(home, tmp_path, "--method full --full-lr 1e-3,1e-2"))
     assert {p.parent.name for p in tmp_path.glob("*/results.json")} == {
         "base", "full-lr0.001-seed0", "full-lr0.01-seed0"}
+
+def test_the_look_at_the_last_step_sees_the_rates_that_are_measured_after_it(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "starts_with_refusal", lambda reply: "1" in reply)
+    assert go(command(home, tmp_path, "--method lora --watch 2 --lr 1e-3"))[0] == 0
+    now, keys = data.read_json(tmp_path / "results.json")["validation"], ("safety rate", "over-refusal")
+    looks = [[r.get(key) for key in keys] for r in log(tmp_path)]
+    assert looks[::2] == [[None] * 2] * 2 and looks[3] == [now[key][0] for key in keys] and 0 < looks[3][0] < 1
