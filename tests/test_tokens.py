@@ -53,7 +53,7 @@ def official(template, turns, reply):
     texts = [tame(template, text) for text in [turn["content"] for turn in turns] + [reply]]
     return "<bos>" + "".join(forms[template][i % 2].format(text.strip()) for i, text in enumerate(texts))
 
-tame = lambda template, text: data.FORGED.sub("\n", text) if template == "hh" else text   # one of HH's needs it
+tame = lambda template, text: data.FORGED.sub("\n", text) if template == "hh" else text
 
 def written(tok, ids):
     return tok.decode(ids, skip_special_tokens=False)

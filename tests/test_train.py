@@ -264,4 +264,4 @@ def test_the_look_at_the_last_step_sees_the_rates_that_are_measured_after_it(hom
     assert go(command(home, tmp_path, "--method lora --watch 2 --lr 1e-3"))[0] == 0
     now, keys = data.read_json(tmp_path / "results.json")["validation"], ("safety rate", "over-refusal")
     looks = [[r.get(key) for key in keys] for r in log(tmp_path)]
-    assert looks[::2] == [[None] * 2] * 2 and looks[3] == [now[key][0] for key in keys] and 0 < looks[3][0] < 1
+    assert looks[::2] == [[None] * 2] * 2 and looks[3] == [now[key][0] for key in keys] != [0, 0]
