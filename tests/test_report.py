@@ -64,8 +64,8 @@ def test_a_page_holds_the_numbers_of_its_files_and_the_line_after_the_table_name
         assert said.split(table)[1].startswith(f"Open {out / 'report.html'} in a browser")
     wanted = [f"{row['energy']:.3f}" for row in data.read_json(both[0][0] / "sails.json")["drifts"]]
     wanted += [f"feature {f['feature']}" for f in data.read_json(both[0][0] / "features.json")]
-    wanted += ["+1.25", "·no-0.50", "81% of chosen, 6% of rejected", "y 3.00", "0.625", "37.5% read"]
-    assert len(wanted) == 8 + 12 + 6 and [x for x in wanted if x not in both[0][2].words] == []
+    wanted += "+1.25;·no-0.50;81% of chosen, 6% of rejected;y 3.00;.625;37.5% read;10.0%;4 active".split(";")
+    assert len(wanted) == 8 + 12 + 8 and [x for x in wanted if x not in both[0][2].words] == []
 
 def test_the_spectrum_is_that_of_the_chosen_rows_cut_by_tau(both):
     kept, words = load_file(both[0][0] / "subspace.safetensors"), both[0][2].words
