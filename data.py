@@ -66,6 +66,7 @@ class Arguments(argparse.ArgumentParser):
         raise UserError(f"{message[:300]} (--help lists the options)")
 
     def parse_args(self, args=None, namespace=None):
+        """argparse's own, but for texts that are empty or can't be encoded."""
         args = sys.argv[1:] if args is None else args
         for before, text in zip(["", *args], args):
             with expecting(f"{before}: not UTF-8 text", UnicodeEncodeError):
@@ -135,6 +136,7 @@ class _Stream:
         return getattr(self.stream, name)
 
     def write(self, text):
+        """Write and flush, whether anybody reads or not."""
         try:
             self.stream.write(plain(text))
             self.stream.flush()

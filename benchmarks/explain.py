@@ -97,7 +97,8 @@ def fires():
     ap.add_argument("--prompt", required=True)
     ap.add_argument("--top", type=data.at_least(1), default=10)
     args = ap.parse_args()
-    model, tok = model_gemma.load_gemma(args.model), data.load_tokenizer(args.model)
+    model = model_gemma.load_gemma(args.model)
+    tok = data.load_tokenizer(args.model, model.config.vocab_size)
     sae = sae_module.load_sae(args.sae, args.layer, args.width)
     sae_module.check_fit(sae, model, args.layer)
     ids = [data.BOS] + data.encode_plain(tok, args.prompt)
@@ -120,11 +121,17 @@ def explain_adapter(folder, model, tok, source, features, prompts):
     rows = data.read_json(features) if features else []
     need(isinstance(rows, list), f"{features}: wanted a list, as a run's features.json is")
     for f in rows:
-        data.check(f, features, layer=int, feature=range(2**31))
+        data.check(f, features, layer=int, feature=range(2**31), raises=list)
+        good = all(isinstance(x, list) and x and isinstance(x[0], str) for x in f["raises"])
+        need(good, f"{features}: raises holds no [token, nats]")
         known = f["layer"] in saes and f["feature"] < len(saes[f["layer"]].W_dec)
         need(known, f"{features}: chosen from other SAEs; give all of its layers, and its width")
     chosen = {i: list(dict.fromkeys(f["feature"] for f in rows if f["layer"] == i)) for i in layers}
+    raises = {(f["layer"], f["feature"]): [word for word, *_ in f["raises"][:4]] for f in rows}
     out = sails.explain(tensors, config, model, saes, chosen)
+    for e in out["sums"]:
+        for c in e["chosen"]:
+            c["words"] = raises[e["sae_layer"], c["feature"]]
     for e in [e for e in out["sums"] if e["others"]]:
         i, best = e["sae_layer"], [o["feature"] for o in e["others"]]
         steps = 2 * saes[i].threshold[best, None] * saes[i].W_dec[best]  # about as active as where it fires
@@ -153,12 +160,10 @@ def show(args):
     template, turns = data.default_template(args.model, tok), data.read_prompts([LOOKALIKES], 8)
     prompts = [data.render_chat(tok, r["turns"], None, template)[0] for r in turns]
     source = args.sae, args.layers, args.width
-    rows = data.read_json(args.features) if args.features else []
-    raises = {(f["layer"], f["feature"]): [word for word, _ in f.get("raises", [])[:4]] for f in rows}
     for e in explain_adapter(args.explain, model, tok, source, args.features, prompts)["sums"]:
         span = f"; the chosen span {e['inside']:.3f}, by chance {e['chance']:.3f}" if e["chosen"] else ""
         print(f"{e['name']}: shares of the update, random adapters' end at {e['baseline']:.4f}{span}")
-        for o in sorted(e["chosen"], key=lambda o: -o["share"])[:5] + e["others"]:
-            words = " ".join(map(repr, o.get("words") or raises[e["sae_layer"], o["feature"]]))
-            kind = "" if "words" in o else "chosen, "
+        chosen = sorted(e["chosen"], key=lambda o: -o["share"])[:5]
+        for o in chosen + e["others"]:
+            kind, words = "chosen, " if o in chosen else "", " ".join(map(repr, o["words"]))
             print(f"  feature {o['feature']:6d}  {o['share']:.4f}  {kind}raises {words}")

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
+import model_gemma
 from benchmarks.pictures import svg_lines, ticks
 from eval import NLL, best_rates, markdown, table
 
@@ -179,8 +179,7 @@ def subspace(folder, s):
     path = folder / "subspace.safetensors"
     if not path.exists():
         return dict(spectrum="", overlap="", chance="", alone="")
-    with safe_open(path, "pt") as f:
-        tensors = {key: f.get_tensor(key) for key in f.keys()}
+    tensors = dict(model_gemma.read_tensors(path))
     layers = sorted(int(key[2:]) for key in tensors if key.startswith("V."))
     V = {i: tensors[f"V.{i}"].double() for i in layers}
     rows = {i: tensors[f"rows.{i}"].double() for i in V if f"rows.{i}" in tensors}

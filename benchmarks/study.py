@@ -200,5 +200,5 @@ def line_chart(panels, xlabel):
     """An SVG of {title: {name: {x: y}}}: a panel a title, y from 0 to 1, x equally spaced."""
     return svg_sheet([
         svg_lines({name: list(curve.items()) for name, curve in curves.items()}, title, xlabel,
-                             list(next(iter(curves.values()))), [0, .25, .5, .75, 1])
+                  list(next(iter(curves.values()))), [0, .25, .5, .75, 1])
         for title, curves in panels.items()])

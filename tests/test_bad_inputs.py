@@ -32,7 +32,7 @@ from benchmarks import choices, compare, gcg
 from conftest import TOP, go, random_sae
 
 SCRIPTS = dict(train=train, eval=evaluation, choices=choices, gcg=gcg, lora=lora, sae=sae_module, data=data,
-               gemma=model_gemma, compare=compare)
+               gemma=model_gemma, compare=compare, sails=train.sails)
 TABLE, COMMANDS = (TOP / "tests" / "bad_inputs.txt").read_text().splitlines(), {}
 for name, script, more in re.findall(r"(\w+) := (\w+) (.*)", "\n".join(TABLE)):
     COMMANDS[name] = f"{COMMANDS.get(script, script)} {more}"
