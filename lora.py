@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 import data
 import model_gemma
@@ -36,14 +37,35 @@ class LoRALinear(nn.Module):
         self.on, self.kept, self.start = True, None, None
 
     def forward(self, x):
-        y = self.linear(x)
         if not self.on or self.kept is not None:
-            return y
-        return (y + F.linear(F.linear(x.float(), self.A) * self.scale, self.B)).to(y.dtype)
+            return self.linear(x)
+        return _Adapted.apply(x, self.linear.weight, self.A, self.B, self.scale)
 
     def update(self):
         """The weight change dW (out, in), fp32."""
         return self.scale * self.B @ self.A
+
+class _Adapted(torch.autograd.Function):
+    """x W^T + scale x A^T B^T and its gradient by hand, W frozen.
+    x is kept in the base's dtype, one tensor for q, k and v; autograd would keep an fp32 copy for each."""
+    @staticmethod
+    def forward(ctx, x, W, A, B, scale):
+        y, low = F.linear(x, W), F.linear(x.float(), A) * scale  # (..., out), (..., r)
+        ctx.save_for_backward(x, W, A, B, low)
+        ctx.scale, ctx.shape = scale, x.shape
+        return (y + F.linear(low, B)).to(y.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, W, A, B, low = ctx.saved_tensors
+        x, low, g = (t.flatten(0, -2) for t in (x, low, g))  # rows of all texts
+        wide = g.float()
+        d = (wide @ B) * ctx.scale  # (rows, r)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (d @ A).to(x.dtype).addmm_(g, W).view(*ctx.shape)
+        return grad_x, None, d.T @ x.float(), wide.T @ low, None
 
 def adapters(model):
     """[(name, LoRALinear)] in the model's order."""

@@ -152,6 +152,11 @@ def attend_mask(pos_q, pos_k, keep_k, window=None):
     see = (back >= 0) & keep_k[:, None, None, :]
     return see if window is None else see & (back < window)
 
+def additive(see, dtype):
+    """0 where a query sees a key, the least finite number elsewhere: what is added to its score.
+    With -inf a row that is all padding would become NaN and poison the batch."""
+    return torch.zeros_like(see, dtype=dtype).masked_fill_(~see, torch.finfo(dtype).min)
+
 class KVCache(dict):
     """Of all tokens so far: "pos", "keep" (B, S); ("k", layer), ("v", layer) (B, K, S, d)."""
     def add(self, key, new, dim=1):
@@ -181,15 +186,47 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.add(("k", self.layer), k, 2), cache.add(("v", self.layer), v, 2)  # (B, K, S, d)
-        group = c.n_heads // c.n_kv_heads  # each key/value head serves `group` neighbouring query heads
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # (B, H, S, d)
-        scores = q @ k.transpose(2, 3) * c.query_scalar ** -0.5  # (B, H, T, S)
-        scores = softcap(scores, c.attn_cap)  # before the mask: a capped -inf would be a visible -50
-        # a finite minimum: with -inf a row that is all padding becomes NaN and poisons the batch
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        weights = F.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
-        out = (weights @ v).transpose(1, 2).reshape(B, T, -1)  # (B, T, H d)
+        out = _Attend.apply(q, k, v, mask, c.query_scalar ** -0.5, c.attn_cap)  # (B, H, T, d)
+        out = out.transpose(1, 2).reshape(B, T, -1)  # (B, T, H d)
         return self.o_proj(out if want is None else out[want])
+
+class _Attend(torch.autograd.Function):
+    """softmax(cap(scale q k^T) + mask) v, in the published order of operations; keeps only q, k and v.
+    Autograd would keep the scores three times, 134 MB a layer of the 9B at 4 x 512 tokens; they are made
+    again in the backward pass. q (B, H, T, d), k and v (B, K, S, d): a key/value head serves H / K
+    neighbouring query heads, taken as one block of rows, (B, K, H / K * T, d)."""
+    @staticmethod
+    def forward(ctx, q, k, v, mask, scale, cap):
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.scale, ctx.cap = scale, cap
+        weights, _ = _Attend.weights(q, k, mask, scale, cap)
+        return (weights @ v).view(q.shape)
+
+    @staticmethod
+    def weights(q, k, mask, scale, cap, slope=False):
+        """What each query takes from each key (B, K, H / K * T, S); the cap's slope there, if asked for."""
+        rows = q.reshape(*k.shape[:2], -1, q.shape[3])  # (B, K, H / K * T, d)
+        scores = (rows @ k.transpose(2, 3)).mul_(scale)
+        if cap is not None:
+            scores.div_(cap).tanh_()
+            slope = 1 - scores.square() if slope else None
+            scores.mul_(cap)
+        by_head = scores.view(*q.shape[:3], -1)  # (B, H, T, S)
+        by_head += mask  # after the cap: a capped -inf would be a visible -50
+        return F.softmax(scores, -1, dtype=torch.float32).to(q.dtype), slope
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        q, k, v, mask = ctx.saved_tensors
+        w, slope = _Attend.weights(q, k, mask, ctx.scale, ctx.cap, True)
+        rows, g = (x.reshape(*k.shape[:2], -1, q.shape[3]) for x in (q, g))
+        grad_v = w.transpose(2, 3) @ g  # (B, K, S, d): the query heads of a group add up
+        d = (g @ v.transpose(2, 3)).mul_(w)
+        d = d.addcmul_(w, d.sum(-1, keepdim=True), value=-1).mul_(ctx.scale)  # through the softmax
+        if ctx.cap is not None:
+            d.mul_(slope)
+        return (d @ k).view(q.shape), d.transpose(2, 3) @ rows, grad_v, None, None, None
 
 class MLP(nn.Module):
     """GeGLU with the tanh approximation of gelu."""
@@ -200,7 +237,21 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.d_mlp, c.d_model, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        return self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x)))
+
+class _Gated(torch.autograd.Function):
+    """gelu(gate) * up; keeps the two alone, not gelu(gate) as well."""
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.gelu(gate, approximate="tanh").mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        gate, up = ctx.saved_tensors
+        grad_up = F.gelu(gate, approximate="tanh").mul_(g)
+        return torch.ops.aten.gelu_backward(g * up, gate, approximate="tanh"), grad_up
 
 class Block(nn.Module):
     """Norm before and after each branch; the second acts on the branch before it is added.
@@ -260,6 +311,7 @@ class Gemma(nn.Module):
         pos_k, keep_k = (pos, keep) if cache is None else (cache.add("pos", pos), cache.add("keep", keep))
         rope = {theta: rope_table(pos, c.head_dim, theta, h.dtype) for theta in set(c.theta.values())}
         masks = {x: attend_mask(pos, pos_k, keep_k, c.window if x else None) for x in set(c.local)}
+        masks = {x: additive(see, h.dtype) for x, see in masks.items()}
         residuals = {}
         for i, block in enumerate(self.layers[first:], first):
             cos, sin = rope[c.theta[c.local[i]]]
@@ -455,23 +507,29 @@ def generate(model, prompts, max_new, stop=(data.EOS,), temperature=0.0, seeds=N
     whatever the other rows of the batch and the global generator are."""
     ids, keep = (t.to(model.device) for t in data.pad(prompts, "left"))  # left: last tokens in one column
     rngs = [torch.Generator().manual_seed(seed) for seed in seeds or []]
-    cache, out = KVCache(), [[] for _ in prompts]
+    cache, out, live = KVCache(), [[] for _ in prompts], list(range(len(prompts)))
     for _ in range(max_new):
         logits = model.logits(model.hidden(ids, None if cache else keep, cache)[0][:, -1])  # (B, V)
         finite(logits, "what the model says of the next token")
-        ids = logits.argmax(-1, keepdim=True) if temperature == 0 else _draw(logits / temperature, rngs)
-        for row, token in zip(out, ids[:, 0].tolist()):
-            if not row or row[-1] not in stop:
-                row.append(token)
-        if all(row[-1] in stop for row in out):
+        greedy = temperature == 0
+        ids = logits.argmax(-1) if greedy else _draw(logits / temperature, [rngs[i] for i in live])  # (B,)
+        for i, token in zip(live, ids.tolist()):
+            out[i].append(token)
+        going = [n for n, i in enumerate(live) if out[i][-1] not in stop]
+        if not going:
             break
+        if len(going) < len(live):  # rows that have ended leave the batch
+            live, ids = [live[n] for n in going], ids[going]
+            cache.update({key: x[going] for key, x in cache.items()})
+        ids = ids[:, None]
     return out
 
 def _draw(logits, rngs):
-    """A token per row (B, 1) of logits (B, V), drawn by inverting the cumulated softmax."""
+    """A token per row (B,) of logits (B, V), drawn by inverting the cumulated softmax."""
     total = F.softmax(logits.double(), -1).cumsum(-1)  # (B, V)
     u = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in rngs]).to(total.device)
-    return torch.searchsorted(total, u[:, None] * total[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
+    at = torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0]
+    return at.clamp(max=logits.shape[1] - 1)
 
 def main():
     from benchmarks import talk  # chat, adapters and steering need scripts that are read later

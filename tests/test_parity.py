@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import data
 from benchmarks import make_golden
-from model_gemma import attend_mask, config_from_json, load_gemma, rope_table
+from model_gemma import additive, attend_mask, config_from_json, load_gemma, rope_table
 
 both = pytest.mark.parametrize("kind", ("gemma2", "gemma3"))
 sides = pytest.mark.parametrize("side", ("right", "left"))
@@ -59,7 +59,7 @@ def equal_shares(model, ids, walk, keep):
     c, at = model.config, (keep.long().cumsum(1) - 1).clamp(min=0)
     ours, h = {"embedding": model.embed(ids)}, walk["embedding"]
     for i, block in enumerate(model.layers):
-        mask = attend_mask(at, at, keep, c.window if c.local[i] else None)
+        mask = additive(attend_mask(at, at, keep, c.window if c.local[i] else None), h.dtype)
         ours[f"layer.{i}"] = block(h, *rope_table(at, c.head_dim, c.theta[c.local[i]], h.dtype), mask, None)
         h = walk[f"layer.{i}"]
     ours["logits"] = model.logits(model.norm(h)).to(h.dtype)
