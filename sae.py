@@ -221,28 +221,6 @@ def promoted_tokens(model, tok, directions, n=8):
     scores = read.to(model.dtype) @ model.embed_tokens.weight.T  # (k, V)
     return [[token_text(tok, i) for i in row] for row in scores.topk(n).indices.tolist()]
 
-@torch.no_grad()
-def effects(model, tok, layer, steps, prompts, n=8, likely=1000):
-    """What adding steps (k, D) after `layer` does to the next token: [raises, lowers] of each.
-    A step is added to the residual at the last token of every prompt (lists of ids) and the blocks above run
-    again. Both are n [token, nats], the largest mean changes of log-probability, among the `likely` tokens
-    most probable before or after: the rarest change most and mean nothing."""
-    ids, keep = (t.to(model.device) for t in data.pad(prompts, "left"))
-    seen, out = model_gemma.KVCache(), []
-    h, taps = model.hidden(ids, keep, seen, [layer])
-    before = model.logits(h[:, -1]).log_softmax(-1)  # (B, V)
-    seen["keep"][:, -1] = False  # the last token comes again
-    for step in steps.to(model.device, model.dtype):
-        again = taps[layer][:, -1:] + step
-        h, _ = model.hidden(embeds=again, cache=model_gemma.KVCache(seen), first=layer + 1)
-        after = model.logits(h[:, 0]).log_softmax(-1)
-        logp = torch.stack([before, after]).mean(1)  # (2, V)
-        some = logp.amax(0).topk(min(likely, logp.shape[1])).indices
-        change = (logp[1] - logp[0])[some]
-        best = [change.topk(n, largest=up) for up in (True, False)]
-        out.append([[[token_text(tok, some[t]), float(v)] for v, t in zip(*b)] for b in best])
-    return out
-
 def feature_lines(listed, n=8):
     """A line each for the n features of features.json with the largest differences."""
     plain = lambda words: " ".join(repr(w)[1:-1].replace(" ", "_") for w in words)

@@ -24,7 +24,6 @@ Letters: B batch, D d_model, N SAE width, k chosen features, r target's dimensio
 Run it (`python sails.py`) to check the claims: two tables, a verdict each, exit code 1 if one fails.
 """
 import math
-import re
 from collections import defaultdict
 
 import numpy as np
@@ -32,7 +31,6 @@ import torch
 import torch.nn.functional as F
 
 import data
-import model_gemma
 from data import need
 
 # ---- 2. mean activations of two sets ----
@@ -180,66 +178,6 @@ def _choose(method, s, k, rule, drop, rng, layer):
 def top_eigenspace(C, r):
     """The r leading eigenvectors (D, r) of a symmetric matrix, largest last."""
     return torch.linalg.eigh(C)[1][:, -r:]
-
-# ---- what an adapter learned, by name ----
-def explain(tensors, config, model, saes, chosen, n=5, alarm=1e-3):
-    """What a LoRA reads and writes, feature by feature, beside random ones: explain.json's dict.
-    A feature's share is ||dW u||^2 / ||dW||^2 in q,k,v,gate,up, ||u^T dW||^2 / ||dW||^2 in o,down. u is its
-    decoder row as the projection meets it: times the gain 1 + w of the norm between it and the stream, scaled
-    to norm 1. The SAE is that of the nearest layer. chosen {layer: features}: the share along each and in
-    their span. others: the n strongest in the rest, each after those before it are taken out, as far as they
-    are above what no feature of any adapter reaches by chance: of random adapters one in 1 / alarm does."""
-    form = r".*\b(layers\.(\d{1,4})\.\w+\.(\w+)_proj)\.lora_([AB])\b.*"
-    found = {(m[1], m[4]): (t, m) for name, t in tensors.items() if (m := re.fullmatch(form, name))}
-    whole = found and len(found) == len(tensors) and all((p, x) in found for p, _ in found for x in "AB")
-    need(whole, "the adapter is no plain LoRA on a Gemma, in PEFT's form")
-    groups = {}
-    for path, A, m in [(path, *value) for (path, x), value in found.items() if x == "A"]:
-        layer, norm = int(m[2]), model_gemma.NORMS[m[3]]
-        near, side = min(saes, key=lambda i: (abs(i - layer), i)), "write" if "post" in norm else "read"
-        W, scale = saes[near].W_dec, config["lora_alpha"] / len(A) ** (.5 if config.get("use_rslora") else 1)
-        A, B = A.to(W), found[path, "B"][0].to(W) * scale
-        faces, other = (A, B) if side == "read" else (B.T, A.T)  # (r, D), (., r)
-        fits = layer < model.config.n_layers and faces.shape[1] == W.shape[1] == model.config.d_model
-        need(fits, f"{path}: this adapter, SAE and model do not belong together")
-        R = torch.linalg.qr(other)[1] @ faces  # (r, D): ||R u|| = ||dW u||, and dW's singular values
-        gain = 1 + getattr(model.layers[layer], norm).weight.to(W)  # (D,)
-        one = dict(name=path, layer=layer, place=m[3], side=side, sae_layer=near)
-        for entry in (one | dict(name=f"{side}, SAE layer {near}", layer=None, place=None), one):
-            groups.setdefault(entry["name"], (entry, []))[1].append((R, gain))
-    done = [_explained(entry, parts, saes[entry["sae_layer"]].W_dec, chosen.get(entry["sae_layer"], []), n,
-                       alarm / len(groups)) for entry, parts in groups.values()]
-    return dict(alarm=alarm, sums=[e for e in done if e["layer"] is None],
-                adapters=[e for e in done if e["layer"] is not None])
-
-def _explained(entry, parts, W, chosen, n, alarm):
-    """An entry of explain.json: adapters (R, gain) taken together, W (N, D)."""
-    energy = lambda: sum(float(R.square().sum()) for R, _ in parts)
-    total, others = max(1e-30, energy()), []
-    size = lambda R, g: ((R * g) @ W.T).square().sum(0) / (W.square() @ g.square())  # ||R u||^2 (N,)
-    shares = lambda: sum(size(R, g) for R, g in parts) / total
-    spectrum = torch.cat([torch.linalg.svdvals(R).square() for R, _ in parts]) / total
-    along, baseline = shares(), random_share(spectrum, *W.shape, alarm)
-
-    def without(some):
-        bases = [torch.linalg.qr((W[some] * g).T)[0] for _, g in parts]  # (D, k)
-        return [(R - R @ Q @ Q.T, g) for (R, g), Q in zip(parts, bases)]
-    parts = without(chosen)
-    inside, chance = (1 - energy() / total, min(1, len(chosen) / W.shape[1])) if chosen else (None, None)
-    while len(others) < n and float((left := shares()).max()) > baseline:
-        others.append(dict(feature=int(left.argmax()), share=float(left.max()), words=[]))
-        parts = without([others[-1]["feature"]])
-    return entry | dict(energy=total, inside=inside, chance=chance, baseline=baseline, others=others,
-                        chosen=[dict(feature=f, share=float(along[f])) for f in chosen])
-
-def random_share(spectrum, N, D, alarm):
-    """A share that with P >= 1 - alarm none of N directions has in adapters turned at random.
-    spectrum: squared singular values w, of sum 1. Proof. A direction's share is sum w_i x_i^2, x a part of a
-    random unit vector in D dimensions. For g Gaussian x = g / |g| independently of |g|, whose square has mean
-    D, so by Jensen E exp(s D share) <= E exp(s sum w_i g_i^2); from there on Laurent and Massart (2000, lemma
-    1): P(D share >= 1 + 2 |w| sqrt(x) + 2 max(w) x) <= exp(-x). Take exp(-x) = alarm / N and add up."""
-    x = math.log(N / alarm)
-    return float(1 + 2 * spectrum.norm() * x ** .5 + 2 * spectrum.max() * x) / D
 
 # ---- the theorem: error ----
 def projector_distance(U, V):

@@ -2,8 +2,11 @@
 
     python sails.py --explain ADAPTER --model M --sae S --layers L [--width W] [--features RUN/features.json]
 
-prints the latter for any LoRA in PEFT's form. The measures are in sae.py (effects) and sails.py (explain).
+prints the latter for any LoRA in PEFT's form. The measures: effects, what a feature does to the next token;
+learned, how much of an adapter lies along each feature. Letters as in sae.py, r an adapter's rank.
 """
+import math
+import re
 import sys
 from pathlib import Path
 
@@ -14,7 +17,6 @@ import data
 import lora
 import model_gemma
 import sae as sae_module
-import sails
 from data import need
 from sae import promoted_tokens, token_text
 
@@ -45,6 +47,28 @@ def write_features(s, model, sets, folder, saes, stats, chosen, pairs):
     data.say(*sae_module.feature_lines(listed))
 
 @torch.no_grad()
+def effects(model, tok, layer, steps, prompts, n=8, likely=1000):
+    """What adding steps (k, D) after `layer` does to the next token: [raises, lowers] of each.
+    A step is added to the residual at the last token of every prompt (lists of ids) and the blocks above run
+    again. Both are n [token, nats], the largest mean changes of log-probability, among the `likely` tokens
+    most probable before or after: the rarest change most and mean nothing."""
+    ids, keep = (t.to(model.device) for t in data.pad(prompts, "left"))
+    seen, out = model_gemma.KVCache(), []
+    h, taps = model.hidden(ids, keep, seen, [layer])
+    before = model.logits(h[:, -1]).log_softmax(-1)  # (B, V)
+    seen["keep"][:, -1] = False  # the last token comes again
+    for step in steps.to(model.device, model.dtype):
+        again = taps[layer][:, -1:] + step
+        h, _ = model.hidden(embeds=again, cache=model_gemma.KVCache(seen), first=layer + 1)
+        after = model.logits(h[:, 0]).log_softmax(-1)
+        logp = torch.stack([before, after]).mean(1)  # (2, V)
+        some = logp.amax(0).topk(min(likely, logp.shape[1])).indices
+        change = (logp[1] - logp[0])[some]
+        best = [change.topk(n, largest=up) for up in (True, False)]
+        out.append([[[token_text(tok, some[t]), float(v)] for v, t in zip(*b)] for b in best])
+    return out
+
+@torch.no_grad()
 def describe(model, tok, saes, stats, chosen, sets, shown, prompts, batch=8):
     """Where features {layer: (k,)} fire and what they do: dicts as in features.json.
     stats as sails.contrast_means gives them. sets are (aligned, unaligned) texts, lists of ids: only tokens
@@ -62,7 +86,7 @@ def describe(model, tok, saes, stats, chosen, sets, shown, prompts, batch=8):
         typical = a.sum(0) / (a > 0).sum(0).clamp(min=1)  # (k,)
         mass = torch.zeros(model.config.vocab_size, len(rows)).index_add(0, token[:n, 0], a)
         share, best = (mass / a.sum(0).clamp(min=1e-30)).topk(6, 0)  # (6, k)
-        changes = sae_module.effects(model, tok, i, rows * typical[:, None].to(rows.device), prompts)
+        changes = effects(model, tok, i, rows * typical[:, None].to(rows.device), prompts)
         for j, (f, promotes) in enumerate(zip(features.tolist(), promoted_tokens(model, tok, rows))):
             on, top = a[:, j] > 0, float(a[:, j].max())
             fires = where[:n][on, 0].unique()
@@ -112,10 +136,69 @@ def fires():
         token = token_text(tok, ids[1 + int(at[i])])
         print(f"feature {i:6d}  {best[i]:8.2f} at {token!r:14} promotes {words}")
 
-# ---- adapters ----
+# ---- adapters: what one learned, by name ----
+def learned(tensors, config, model, saes, chosen, n=5, alarm=1e-3):
+    """What a LoRA reads and writes, feature by feature, beside random ones: explain.json's dict.
+    A feature's share is ||dW u||^2 / ||dW||^2 in q,k,v,gate,up, ||u^T dW||^2 / ||dW||^2 in o,down. u is its
+    decoder row as the projection meets it: times the gain 1 + w of the norm between it and the stream, scaled
+    to norm 1. The SAE is that of the nearest layer. chosen {layer: features}: the share along each and in
+    their span. others: the n strongest in the rest, each after those before it are taken out, as far as they
+    are above what no feature of any adapter reaches by chance: of random adapters one in 1 / alarm does."""
+    form = r".*\b(layers\.(\d{1,4})\.\w+\.(\w+)_proj)\.lora_([AB])\b.*"
+    found = {(m[1], m[4]): (t, m) for name, t in tensors.items() if (m := re.fullmatch(form, name))}
+    whole = found and len(found) == len(tensors) and all((p, x) in found for p, _ in found for x in "AB")
+    need(whole, "the adapter is no plain LoRA on a Gemma, in PEFT's form")
+    groups = {}
+    for path, A, m in [(path, *value) for (path, x), value in found.items() if x == "A"]:
+        layer, norm = int(m[2]), model_gemma.NORMS[m[3]]
+        near, side = min(saes, key=lambda i: (abs(i - layer), i)), "write" if "post" in norm else "read"
+        W, scale = saes[near].W_dec, config["lora_alpha"] / len(A) ** (.5 if config.get("use_rslora") else 1)
+        A, B = A.to(W), found[path, "B"][0].to(W) * scale
+        faces, other = (A, B) if side == "read" else (B.T, A.T)  # (r, D), (., r)
+        fits = layer < model.config.n_layers and faces.shape[1] == W.shape[1] == model.config.d_model
+        need(fits, f"{path}: this adapter, SAE and model do not belong together")
+        R = torch.linalg.qr(other)[1] @ faces  # (r, D): ||R u|| = ||dW u||, and dW's singular values
+        gain = 1 + getattr(model.layers[layer], norm).weight.to(W)  # (D,)
+        one = dict(name=path, layer=layer, place=m[3], side=side, sae_layer=near)
+        for entry in (one | dict(name=f"{side}, SAE layer {near}", layer=None, place=None), one):
+            groups.setdefault(entry["name"], (entry, []))[1].append((R, gain))
+    done = [_entry(entry, parts, saes[entry["sae_layer"]].W_dec, chosen.get(entry["sae_layer"], []), n,
+                       alarm / len(groups)) for entry, parts in groups.values()]
+    return dict(alarm=alarm, sums=[e for e in done if e["layer"] is None],
+                adapters=[e for e in done if e["layer"] is not None])
+
+def _entry(entry, parts, W, chosen, n, alarm):
+    """An entry of explain.json: adapters (R, gain) taken together, W (N, D)."""
+    energy = lambda: sum(float(R.square().sum()) for R, _ in parts)
+    total, others = max(1e-30, energy()), []
+    size = lambda R, g: ((R * g) @ W.T).square().sum(0) / (W.square() @ g.square())  # ||R u||^2 (N,)
+    shares = lambda: sum(size(R, g) for R, g in parts) / total
+    spectrum = torch.cat([torch.linalg.svdvals(R).square() for R, _ in parts]) / total
+    along, baseline = shares(), random_share(spectrum, *W.shape, alarm)
+
+    def without(some):
+        bases = [torch.linalg.qr((W[some] * g).T)[0] for _, g in parts]  # (D, k)
+        return [(R - R @ Q @ Q.T, g) for (R, g), Q in zip(parts, bases)]
+    parts = without(chosen)
+    inside, chance = (1 - energy() / total, min(1, len(chosen) / W.shape[1])) if chosen else (None, None)
+    while len(others) < n and float((left := shares()).max()) > baseline:
+        others.append(dict(feature=int(left.argmax()), share=float(left.max()), words=[]))
+        parts = without([others[-1]["feature"]])
+    return entry | dict(energy=total, inside=inside, chance=chance, baseline=baseline, others=others,
+                        chosen=[dict(feature=f, share=float(along[f])) for f in chosen])
+
+def random_share(spectrum, N, D, alarm):
+    """A share that with P >= 1 - alarm none of N directions has in adapters turned at random.
+    spectrum: squared singular values w, of sum 1. Proof. A direction's share is sum w_i x_i^2, x a part of a
+    random unit vector in D dimensions. For g Gaussian x = g / |g| independently of |g|, whose square has mean
+    D, so by Jensen E exp(s D share) <= E exp(s sum w_i g_i^2); from there on Laurent and Massart (2000, lemma
+    1): P(D share >= 1 + 2 |w| sqrt(x) + 2 max(w) x) <= exp(-x). Take exp(-x) = alarm / N and add up."""
+    x = math.log(N / alarm)
+    return float(1 + 2 * spectrum.norm() * x ** .5 + 2 * spectrum.max() * x) / D
+
 def explain_adapter(folder, model, tok, source, features, prompts):
-    """sails.explain of a folder in PEFT's form; `others` get words: the tokens that they raise.
-    source: the SAEs' (folder or hub id, layers, width). prompts: lists of ids, as sae.effects takes them."""
+    """learned() of a folder in PEFT's form; `others` get words: the tokens that they raise.
+    source: the SAEs' (folder or hub id, layers, width). prompts: lists of ids, as effects takes them."""
     (spec, layers, width), (config, tensors) = source, lora.read_adapter(folder)
     saes = {i: sae_module.load_sae(spec, i, width, device=model.device) for i in layers}
     rows = data.read_json(features) if features else []
@@ -128,14 +211,14 @@ def explain_adapter(folder, model, tok, source, features, prompts):
         need(known, f"{features}: chosen from other SAEs; give all of its layers, and its width")
     chosen = {i: list(dict.fromkeys(f["feature"] for f in rows if f["layer"] == i)) for i in layers}
     raises = {(f["layer"], f["feature"]): [word for word, *_ in f["raises"][:4]] for f in rows}
-    out = sails.explain(tensors, config, model, saes, chosen)
+    out = learned(tensors, config, model, saes, chosen)
     for e in out["sums"]:
         for c in e["chosen"]:
             c["words"] = raises[e["sae_layer"], c["feature"]]
     for e in [e for e in out["sums"] if e["others"]]:
         i, best = e["sae_layer"], [o["feature"] for o in e["others"]]
         steps = 2 * saes[i].threshold[best, None] * saes[i].W_dec[best]  # about as active as where it fires
-        for o, (raises, _) in zip(e["others"], sae_module.effects(model, tok, i, steps, prompts)):
+        for o, (raises, _) in zip(e["others"], effects(model, tok, i, steps, prompts)):
             o["words"] = [word for word, _ in raises[:4]]
     return out
 

@@ -294,6 +294,6 @@ def explained(folder):
             "chosen features above it, and what they raise": named(top, e["sae_layer"]),
             "others above it": named(e["others"], e["sae_layer"])}
     baseline = (f"Baseline: with a probability of at least {1 - found['alarm']:g} random adapters with equal "
-                "singular values have no larger share along any feature (sails.random_share). At most four "
-                "are listed; explain.json has all, and those of every adapter.")
+                "singular values have no larger share along any feature (benchmarks/explain.py). At most "
+                "four are listed; explain.json has all, and those of every adapter.")
     return html_table(markdown("side and SAE layer", rows)) + f'<p class="note">{baseline}</p>'

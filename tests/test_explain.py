@@ -29,7 +29,7 @@ def test_an_effect_is_the_change_when_the_step_is_added_to_a_whole_prompts_last_
         after, _ = model.hidden(embeds=h, first=layer + 1)
         changes.append(model.logits(after[0, -1]).log_softmax(-1) - model(ids[None])[0, -1].log_softmax(-1))
     mean = torch.stack(changes).mean(0)
-    [[raises, lowers]] = sae_module.effects(model, world.tok, layer, step[None], PROMPTS, n=3)
+    [[raises, lowers]] = explain.effects(model, world.tok, layer, step[None], PROMPTS, n=3)
     for told, best in ((raises, mean.topk(3)), (lowers, mean.topk(3, largest=False))):
         assert told == [[token_text(world.tok, t), pytest.approx(v, abs=1e-4)]
                         for t, v in zip(best.indices.tolist(), best.values.tolist())]
@@ -92,7 +92,7 @@ def planted(features, seed, rank=5):
 def test_shares_energy_and_inside_equal_those_of_the_whole_update():
     model, tensors = planted(None, 3)
     chosen = {0: [7, 8], 1: [9]}
-    rows = {e["name"]: e for e in sails.explain(tensors, CONFIG, model, SAES, chosen)["adapters"]}
+    rows = {e["name"]: e for e in explain.learned(tensors, CONFIG, model, SAES, chosen)["adapters"]}
     for name, m in lora.adapters(model):
         e, dW = rows[name], m.update().detach()
         dW = dW if m.side == "read" else dW.T          # (., D)
@@ -110,14 +110,14 @@ def test_the_features_of_an_adapter_built_from_planted_ones_are_found():
     for seed in range(5):
         features = torch.randperm(200, generator=torch.Generator().manual_seed(seed))[:5].tolist()
         model, tensors = planted(features, seed)
-        for e in sails.explain(tensors, CONFIG, model, SAES, {})["sums"]:
+        for e in explain.learned(tensors, CONFIG, model, SAES, {})["sums"]:
             found.append(len({o["feature"] for o in e["others"]} & set(features)) / 5)
     assert np.mean(found) >= .8
 
 def test_nothing_is_above_the_baseline_of_twenty_random_adapters():
     for seed in range(20):
         model, tensors = planted(None, seed)
-        explained = sails.explain(tensors, CONFIG, model, SAES, {})
+        explained = explain.learned(tensors, CONFIG, model, SAES, {})
         assert [e["name"] for e in explained["sums"] + explained["adapters"] if e["others"]] == []
 
 @pytest.mark.parametrize("change", ["lora_B", "lora_E", "D"])
@@ -127,7 +127,7 @@ def test_what_is_no_lora_on_this_model_is_refused(change):
         tensors.pop(next(name for name in tensors if change in name))
     tensors |= {f"layers.0.mlp.up_proj.{change}.weight": torch.zeros(5, 96)} if change == "lora_E" else {}
     with pytest.raises(data.UserError, match="do not belong together" if change == "D" else "no plain LoRA"):
-        sails.explain(tensors, CONFIG, model, {0: random_sae()} if change == "D" else SAES, {})
+        explain.learned(tensors, CONFIG, model, {0: random_sae()} if change == "D" else SAES, {})
 
 @pytest.fixture(scope="module")
 def run(home, tmp_path_factory):
