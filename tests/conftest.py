@@ -3,6 +3,7 @@ import contextlib
 import io
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,12 @@ def start(args, cwd, *launcher):
     env = dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", GLOO_SOCKET_IFNAME="lo", CUDA_VISIBLE_DEVICES="")
     return subprocess.Popen([sys.executable, *launcher, f"{TOP}/train.py", *args], cwd=cwd, text=True,
                             env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+def by_two():
+    """The launcher of two processes, on a port that is free."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"-m torch.distributed.run --nproc-per-node 2 --master-port {free.getsockname()[1]}".split()
 
 def trained(home, out, more=""):
     """A run by the command: its folder, what it printed, what align got and made of the weights."""

@@ -18,9 +18,9 @@ from queue import SimpleQueue
 
 TOP = Path(__file__).resolve().parent.parent
 TESTS = {
-    "data.py": "tokens eval tiny_world table train sae bad_inputs kills", "sae.py": "sae walk explain",
+    "data.py": "tokens eval tiny_world table train sae bad_inputs kills", "sae.py": "sae walk bad_inputs",
     "model_gemma.py": "gemma parity bad_inputs", "lora.py": "lora walk train bad_inputs",
-    "sails.py": "subspace contrast theory walk explain", "eval.py": "eval judges table",
+    "sails.py": "subspace contrast theory walk", "eval.py": "eval judges table",
     "train.py": "objectives table train", "benchmarks/tiny_world.py": "tiny_world",
     "benchmarks/study.py": "studies", "benchmarks/pages.py": "report", "benchmarks/gcg.py": "attack",
     "benchmarks/explain.py": "explain"}

@@ -30,6 +30,7 @@ import sae as sae_module
 import train
 from benchmarks import choices, compare, gcg
 from conftest import TOP, go, random_sae
+from test_tokens import talk  # noqa: F401, the table calls it
 
 SCRIPTS = dict(train=train, eval=evaluation, choices=choices, gcg=gcg, lora=lora, sae=sae_module, data=data,
                gemma=model_gemma, compare=compare, sails=train.sails)
@@ -37,6 +38,7 @@ TABLE, COMMANDS = (TOP / "tests" / "bad_inputs.txt").read_text().splitlines(), {
 for name, script, more in re.findall(r"(\w+) := (\w+) (.*)", "\n".join(TABLE)):
     COMMANDS[name] = f"{COMMANDS.get(script, script)} {more}"
 DEEP, HUGE, GONE, NAN, INF = "[deep]", "[huge]", "[gone]", float("nan"), float("inf")
+TRAP = type("TRAP", (), dict(__reduce__=lambda _: (exec, ("raise SystemExit('unpickled')",))))
 CONFIG, WEIGHTS, TOK = "model/config.json", "model/model.safetensors", "model/tokenizer.json"
 SAE = "sae/layer_0/width_40/average_l0_20/params.npz"
 SCOPE = "sae/layer_0_width_41_l0_medium/params.safetensors"
@@ -72,6 +74,7 @@ def files(tmp_path_factory, home, split):
             data.write_rows(name, rows)
         put(GZ, gzip.compress(Path("pairs.jsonl").read_bytes()))
         data.write_rows("asks.jsonl", [dict(prompt=f"how make thing{i} ?", label="benign") for i in range(3)])
+        data.write_rows("plain.jsonl", [dict(prompt=f"how {i} ?", response="sure") for i in range(30)])
         put("text.txt", "how make thing1 ?\n\nhow use thing2 .")
         data.write_rows("know.jsonl", [dict(text="doc", next="thing1")] * 3)
         data.write_rows("choices.jsonl", [dict(question="q", choices=["a", "b"], answer=1)] * 3)
@@ -172,6 +175,11 @@ def array(key, dtype):
     with np.load(SAE) as f:
         np.savez(SAE, **{k: f[k].astype(dtype) if k == key else f[k] for k in f.files})
 
+def arrays(**changed):
+    """Change arrays of an SAE's file."""
+    with np.load(SAE) as f:
+        np.savez(SAE, **{**f} | changed)
+
 def header(path, **entry):
     """A safetensors file whose header claims this of one tensor."""
     claim = json.dumps({"model.norm.weight": dict(dtype="F32", shape=[1], data_offsets=[0,
@@ -257,7 +265,7 @@ def test_a_bad_input_ends_in_one_clear_line_and_changes_nothing(place, monkeypat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert (code, err.count("\n"), err[:7]) == (2, 1, "error: "), err
-    assert [w for w in words.split() if w.lower() not in err.lower()] == [], err
+    assert [w for w in shlex.split(words) if w.lower() not in err.lower()] == [], err
     assert err[:-1].isprintable() and "secret" not in err
     assert tree() == before                            # folders, too
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 300 * 1024

@@ -218,11 +218,6 @@ def test_a_full_disk_says_so(hub, tmp_path):
     done = subprocess.run([*space, *command], env=env, capture_output=True, text=True, cwd=TOP, timeout=120)
     refused(done, MODEL, "No space left", str(tmp_path), "HF_HOME")
 
-@pytest.mark.parametrize("spec", ["no-folder", "./no/such", "/no/such", "a/b/c", "lab/", "lab/x@", "../up/x"])
-def test_what_is_neither_a_path_nor_a_hub_id_is_said_without_asking_the_hub(spec):
-    with pytest.raises(data.UserError, match="no such folder: .*owner/name"):
-        data.listing(spec)
-
 def test_local_folders_and_files_need_no_hub_and_have_a_fingerprint_of_their_contents(tmp_path):
     file = tmp_path / "a.json"
     for path in (file, tmp_path / "sub/b.json"):

@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from conftest import TOP, command, go, start  # first: it makes the scripts importable
+from conftest import TOP, by_two, command, go, start  # first: it makes the scripts importable
 
 import data
 import eval as evaluation
@@ -69,11 +68,7 @@ class Launcher:
         """(process id, a function that waits for the exit code)."""
         args = self.arguments(stage, out, more)
         if stage == "two":
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            by = f"-m torch.distributed.run --nproc-per-node 2 --master-port {port}".split()
-            process = start(args, out.parent, *by)
+            process = start(args, out.parent, *by_two())
             return process.pid, lambda: (process.communicate(timeout=100), process.returncode)[1]
         script, code = "eval" if stage == "replies" else "train", lambda: int(self.zygote.stdout.readline())
         print(json.dumps([script, str(out), *args]), file=self.zygote.stdin, flush=True)

@@ -197,11 +197,7 @@ def test_peft_loads_the_folder_and_gives_the_same_logits(tmp_path, targets, laye
     torch.testing.assert_close(want, theirs, atol=1e-4, rtol=0)
 
 @pytest.mark.parametrize("config, tensors, says", [
-    *((dict([item]), {}, f"plain LoRA.*{item[0]}|{item[0]} is ") for item in dict(
-        use_dora=True, peft_type="IA3", modules_to_save=["lm_head"], bias="all", lora_alpha=None,
-        alpha_pattern=dict(q_proj=1)).items()),
-    (dict(r=8), {}, "not of rank 8"), ({}, {A_DOWN: None}, "lacks .*down_proj.lora_A"),
-    ({}, {A_DOWN.replace("down", "q"): torch.zeros(4, 24)}, "lacks .*q_proj.lora_B"),
+    (dict(use_dora=True), {}, "plain LoRA.*use_dora"),
     *(({}, {A_DOWN.replace(*name): torch.zeros(4, 24),
             A_DOWN.replace(*name).replace("_A", "_B"): torch.zeros(24, 4)}, says) for name, says in (
             (("layers.0.mlp.down_proj", "embed_tokens"), "those of a LoRA"),

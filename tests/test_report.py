@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file
 
 import data
-import train
 from benchmarks import pages
 from conftest import command, go, trained
 from benchmarks.pictures import svg_lines

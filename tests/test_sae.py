@@ -12,23 +12,18 @@ from data import UserError
 from sae import JumpReLUSAE, find_sae, load_sae, sae_quality, token_text, train_sae
 
 ROWS = [[2, 7, 8, 9, 10, 11], [2, 13, 14], [2, 20, 21, 7, 7]]
-TRAP = type("TRAP", (), dict(__reduce__=lambda _: (exec, ("raise SystemExit('unpickled')",))))
 FILES = dict(npz="layer_3/width_40/average_l0_20/params.npz",
              safetensors="resid_post/layer_3_width_40_l0_medium/params.safetensors")
 
 def same(a, b):
     return all(map(torch.equal, a.buffers(), b.buffers()))
 
-def put(folder, container, **changed):
-    """Write random_sae() with some tensors changed, added or (None) left out; the file's path."""
-    tensors = {k: t for k, t in (dict(random_sae().named_buffers()) | changed).items() if t is not None}
-    path = folder / FILES[container]
+def put(path, container, tensors):
     path.parent.mkdir(parents=True)
     if container == "npz":
         np.savez(path, **tensors)
     else:
         save_file({k: t.contiguous() for k, t in tensors.items()}, path)
-    return path
 
 def test_encode_and_decode_follow_the_published_formula_and_a_threshold_is_strict():
     sae, x = random_sae(), torch.randn(30, 24, generator=torch.Generator().manual_seed(3)).bfloat16()
@@ -75,31 +70,13 @@ def test_what_is_not_there_is_answered_with_what_is(wanted, there):
 @pytest.mark.parametrize("container", FILES)
 def test_what_we_save_and_both_spellings_with_a_scaling_factor_of_one_are_read(tmp_path, container):
     sae = random_sae()
+    tensors = dict(sae.named_buffers(), w_enc=sae.W_enc, w_dec=sae.W_dec, scaling_factor=torch.ones(40))
+    lower = {k: t for k, t in tensors.items() if k[0] != "W"}
     assert sae_module.save_sae(sae, tmp_path / "own", 3, 19.6) == FILES["npz"]
-    put(tmp_path / "upper", container)
-    lower = dict(W_enc=None, W_dec=None, w_enc=sae.W_enc, w_dec=sae.W_dec)
-    put(tmp_path / "lower", container, **lower, scaling_factor=torch.ones(40))
+    put(tmp_path / "upper" / FILES[container], container, dict(sae.named_buffers()))
+    put(tmp_path / "lower" / FILES[container], container, lower)
     for name in ("own", "upper", "lower"):
         assert same(load_sae(str(tmp_path / name), 3, "40"), sae)
-
-@pytest.mark.parametrize("says, changed", [
-    ("b_enc", torch.zeros(41)), ("b_dec", torch.zeros(40)), ("threshold", torch.zeros(1)),
-    ("W_dec", torch.eye(24)), ("W_enc", torch.zeros(24)), ("W_enc", None), ("extra", torch.zeros(1)),
-    ("scaling_factor", torch.full((40,), 1.5)), ("W_dec|norms", random_sae().W_dec * 1.2),
-    ("b_dec|not a whole", np.array([TRAP()], dtype=object))], ids=str)
-def test_tensors_that_do_not_belong_together_and_pickles_are_refused(tmp_path, says, changed):
-    put(tmp_path, "npz", **{says.split("|")[0]: changed})
-    with pytest.raises(UserError, match=says):
-        load_sae(str(tmp_path), 3, "40")
-
-@pytest.mark.parametrize("container, damage", [
-    ("npz", lambda old: old[:len(old) // 2]), ("npz", lambda _: b""), ("safetensors", lambda old: old[:-100]),
-    ("npz", lambda old: old[:999] + bytes([old[999] ^ 255]) + old[1000:])])    # inside a whole archive
-def test_a_damaged_file_is_refused_with_its_name(tmp_path, container, damage):
-    path = put(tmp_path, container)
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match=r"params\.\w+: not a whole"):
-        load_sae(str(tmp_path), 3, "40")
 
 def test_an_sae_for_a_layer_below_the_first_is_refused(model):
     with pytest.raises(UserError, match="0..1"):

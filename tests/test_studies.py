@@ -1,10 +1,8 @@
 """The studies: their intervals on data whose truth is known, and each of them from end to end."""
-import sys
-
 import numpy as np
 import pytest
 import torch
-from conftest import random_gemma, random_sae
+from conftest import go, random_gemma, random_sae
 from safetensors.torch import load_file
 
 import data
@@ -62,10 +60,6 @@ def test_differences_are_paired_by_base_and_seed_and_named_only_beyond_their_int
     assert "lora, a balance tuned +5.0" in said and "sails, b" not in said
     assert study.verdict(dict(lora=(2, 1), full=(-2, 1))) == "SAILS is ahead of lora; is behind full."
 
-def run(monkeypatch, script, words):
-    monkeypatch.setattr(sys, "argv", [script.__file__, *words.split()])
-    return script.main()
-
 def test_the_tiny_study_reports_what_its_folders_hold_and_skips_them(world, tmp_path, monkeypatch):
     home, split, model = tmp_path / "world-0", tiny_world.world_split, random_gemma(**tiny_world.TINY_MODEL)
     model_gemma.save_gemma(model, home)  # in place of a trained one
@@ -75,7 +69,7 @@ def test_the_tiny_study_reports_what_its_folders_hold_and_skips_them(world, tmp_
     monkeypatch.setattr(tiny_world, "world_split", lambda *args: {  # few prompts
         part: x if part in ("train", "topics") else x[::8] for part, x in split(*args).items()})
     words = f"--out {tmp_path} --only main --methods sails,lora --bases 0 --seeds 0,1 --steps 2 --jobs 1"
-    run(monkeypatch, tiny_study, words)
+    go(words.split(), tiny_study.main)
     folders = [tmp_path / "base-0" / "default" / f"sails-lr0.01-seed{seed}" for seed in (0, 1)]
     nll = [data.read_json(f / "results.json")["validation"]["NLL"] for f in folders]
     table = [line.split(",") for line in (tmp_path / "tiny_study.csv").read_text().splitlines()]
@@ -88,12 +82,12 @@ def test_the_tiny_study_reports_what_its_folders_hold_and_skips_them(world, tmp_
     inside = [float((load_file(f / "subspace.safetensors")["V.2"].T @ harm).square().sum()) for f in folders]
     assert f"| {np.mean(inside):.3f} |" in (tmp_path / "tiny_study.md").read_text()  # k = r: no random fill
     monkeypatch.setattr("train.align", lambda *args: pytest.fail("a finished run was done again"))
-    run(monkeypatch, tiny_study, words)
+    go(words.split(), tiny_study.main)
 
-def test_the_real_study_reports_what_its_folders_hold_and_repeats_a_run(home, tmp_path, monkeypatch):
+def test_the_real_study_reports_what_its_folders_hold_and_repeats_a_run(home, tmp_path):
     words = (f"--model {home.model} --data {home.data} --out {tmp_path} --methods sails,raw-pca --seeds 0,1 "
              "--objectives dpo --jobs 1 --steps 2 --max-new 2 --layers 1 --k 4 --fit-width 48 --fit-steps 5")
-    run(monkeypatch, real_study, words)
+    go(words.split(), real_study.main)
     final = sorted((tmp_path / "dpo-final").glob("sails-*"))
     scores = [np.array([r["chosen"] for _, r in data.read_rows(f / "heldout-test.jsonl")]) for f in final]
     nll, report = [-sum(x[:, 0]) / sum(x[:, 1]) for x in scores], (tmp_path / "real_study.md").read_text()
@@ -104,7 +98,7 @@ def test_the_real_study_reports_what_its_folders_hold_and_repeats_a_run(home, tm
     kept, asked = ids(tmp_path / "contrast.jsonl"), ids(final[0] / "responses.jsonl")
     assert len(kept) == 60 and len(asked) >= 100 and not kept & asked
     assert len(list(tmp_path.rglob("layer_1"))) == 1  # all share one SAE
-    assert run(monkeypatch, real_study, words + " --again 1") == 0
+    assert go([*words.split(), "--again", "1"], real_study.main)[0] == 0
     for path in tmp_path.glob("dpo*/*/results.json"):
         data.write_json(path, data.read_json(path) | dict(parameters=0))
-    assert run(monkeypatch, real_study, words + " --again 1") == 1
+    assert go([*words.split(), "--again", "1"], real_study.main)[0] == 1

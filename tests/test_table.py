@@ -14,7 +14,7 @@ import model_gemma
 import sails
 import train
 from benchmarks import tiny_world
-from conftest import FIT, command, random_gemma, start, trained
+from conftest import FIT, TOP, command, random_gemma, start, trained
 
 FIRST = "--steps 2 --seed 0 --lr 1e-3 --full-lr 1e-3".split()
 
@@ -69,26 +69,7 @@ def test_results_are_the_measures_of_base_and_adapted_model_each_on_its_own_set(
         assert judged == {"refusal": dict(validation=results["validation"], **results["sets"])}
 
 # ---- options ----
-OPTIONS = {  # what differs: options, each after the ones that it needs
-    "features V start end": f"""--k 3; --score relative; --contrast prompts; --contrast prompts : --last 1
-        --contrast prompts : --contrast-data TEST; --contrast-pairs 4; --layers 0; --drop 3; --template hh
-        --method random-features; --method mean-diff; --method random; --method lora; {FIT} : --fit-width 24
-        {FIT} : --fit-active 3; {FIT} : --fit-tokens 300; {FIT} : --fit-steps 10; {FIT} : --seed 1""",
-    "V start end": """--tau .3; --center; --subspace global; --method raw-pca : --standardise
-        --method random : --seed 1""",
-    "features V start end trained": "--method full",
-    "start end": "--norm-aware; --sides read; --sides write; --rank 3; --rank 7; --method lora : --seed 1",
-    "start end trained": "--targets q,o",
-    "end": """--alpha 3; --lr 3e-3; --steps 3; --batch 5; --warmup 0; --clip 1e9; --seed 1; --objective dpo
-        --objective dpo : --beta 3; --objective dpo : --sft-steps 4; --objective rloo : --samples 2
-        --objective rloo : --beta 3; --text TEXT --replay .5; --text TEXT --replay .5 : --replay 2
-        --text TEXT --replay .5 : --text TEXT2; --method full : --full-lr 1e-3
-        --method full : --objective rloo""",
-    "end trained": "--freeze-basis",
-    "end replies": "--objective rloo : --max-new 3",
-    "replies": "--test TEST; --max-new 3",
-    "memory": "--checkpointing",
-    "": "--micro 8; --save-every 2; --text TEXT; --show-texts; --watch 2"}
+OPTIONS = (TOP / "tests" / "options.txt").read_text().replace("{FIT}", FIT).splitlines()[1:]
 
 @pytest.fixture(scope="module")
 def made(home, tmp_path_factory):
@@ -116,10 +97,10 @@ def same(a, b):
     return a.keys() == b.keys() and all(
         a[k].shape == b[k].shape and torch.allclose(a[k], b[k], atol=1e-4) for k in a)
 
-@pytest.mark.parametrize("option, differs", [
-    (o.strip(), d) for d, some in OPTIONS.items() for o in some.replace("\n", ";").split(";")])
-def test_an_option_changes_what_it_is_for_and_nothing_else(made, option, differs):
-    needs, _, option = option.rpartition(" : ")
+@pytest.mark.parametrize("line", OPTIONS)
+def test_an_option_changes_what_it_is_for_and_nothing_else(made, line):
+    differs, _, options = line.partition("|")
+    needs, _, option = options.strip().rpartition(" : ")
     without, with_it = made(needs), made(f"{needs} {option}")
     assert {key for key in without if not same(without[key], with_it[key])} == set(differs.split())
 

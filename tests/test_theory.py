@@ -1,17 +1,14 @@
 """The theorem's bounds and floors and where they are reached, raw PCA's limit, and the commands."""
 import functools
 import math
-import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
 
-from conftest import TOP
-
-sys.path.insert(0, str(TOP / "benchmarks"))
 import sails
 from benchmarks import theory
+from conftest import go
 
 pytestmark = pytest.mark.filterwarnings("error")
 f64 = torch.float64
@@ -174,30 +171,27 @@ def test_an_sae_trained_on_the_samples_is_within_the_bound_of_its_own_eps_over_f
 @pytest.fixture
 def small(monkeypatch):
     """Both commands on two small samples, SAEs hardly trained: the bounds hold for any SAE."""
-    monkeypatch.setattr(sys, "argv", ["sails.py"])
-    monkeypatch.setattr(theory, "SIZES", (100, 300))
-    sizes = dict(SEEDS=range(10, 12), PAIRS=300, STRENGTHS=(0., 4.), TITLES=dict(theory.TITLES))
-    for name, value in sizes.items():
+    quick = dict(SIZES=(100, 300), SEEDS=range(10, 12), PAIRS=300, STRENGTHS=(0., 4.), TITLES={**theory.TITLES},
+                 trained_estimate=functools.partial(theory.trained_estimate, steps=5),
+                 measure_selection=functools.partial(theory.measure_selection, trials=300))
+    for name, value in quick.items():
         monkeypatch.setattr(theory, name, value)
-    for name, quick in dict(trained_estimate=dict(steps=5), measure_selection=dict(trials=300)).items():
-        monkeypatch.setattr(theory, name, functools.partial(getattr(theory, name), **quick))
 
 @pytest.mark.parametrize("name, wrong", [
     ("sae_bound", lambda eps, r, sigma: r ** .5 * eps / sigma), ("direct_floor", lambda r: r ** .5),
     ("sae_bound", lambda eps, r, sigma: (2 * r) ** .5 * eps), ("selection_probability", lambda *_: 1 - 1e-4),
     ("truncation_floor", lambda r, r_s: (r + r_s) ** .5),
     ("trained_estimate", lambda world, h, seed: (world.W[:6].T, 1e-3, 1e-3))])
-def test_a_wrong_bound_is_called_violated_and_the_exit_code_is_one(small, name, wrong, monkeypatch, capsys):
+def test_a_wrong_bound_is_called_violated_and_the_exit_code_is_one(small, name, wrong, monkeypatch):
     monkeypatch.setattr(theory, name, wrong)
-    assert sails.main() == 1
-    assert "VIOLATED" in capsys.readouterr().out
+    code, said, _ = go([], sails.main)
+    assert code == 1 and "VIOLATED" in said
 
-def test_both_commands_hold_and_the_long_one_writes_tables_and_a_figure(small, monkeypatch, tmp_path, capsys):
-    assert sails.main() == 0
-    assert capsys.readouterr().out.count(" holds ") == len(theory.BOUNDS)
-    monkeypatch.setattr(sys, "argv", ["theory.py", "--out", str(tmp_path / "new")])
-    assert theory.main() == 0
-    out = capsys.readouterr().out
+def test_both_commands_hold_and_the_long_one_writes_tables_and_a_figure(small, monkeypatch, tmp_path):
+    code, out, _ = go([], sails.main)
+    assert code == 0 and out.count(" holds ") == len(theory.BOUNDS)
+    code, out, _ = go(["--out", tmp_path / "new"], theory.main)
+    assert code == 0
     assert (tmp_path / "new" / "theory.txt").read_text() == out
     assert all(title in out for title in theory.TITLES.values())
     assert "nan" not in out
@@ -209,7 +203,7 @@ def test_both_commands_hold_and_the_long_one_writes_tables_and_a_figure(small, m
     titles = {f"{title}: error" for title in theory.PANELS.values()}
     assert {*theory.ESTIMATORS} | titles <= {e.text for e in svg.findall(".//{*}text")}
     monkeypatch.setattr(theory, "truncation_floor", lambda r, r_s: r ** .5)
-    assert theory.main() == 1
+    assert go(["--out", tmp_path / "new"], theory.main)[0] == 1
 
 @pytest.mark.parametrize("f, args", [
     (sails.sae_bound, (.1, 2.5, 1.)), (sails.sae_bound, (.1, 2, 0.)), (sails.sae_bound, (math.nan, 2, 1.)),

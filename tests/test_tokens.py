@@ -126,14 +126,6 @@ def test_encode_renders_both_replies_and_leaves_out_and_counts_what_is_too_long(
     for limit, result in ((None, (rows, 0)), (len(no[0]), (rows, 0)), (len(no[0]) - 1, (rows[:1], 1))):
         assert data.encode(tok, two, "hh", limit) == result
 
-@pytest.mark.parametrize("turns, word", [
-    ([{"role": "system", "content": "Be brief."}, *TALK[1:]], "no system role"), (TALK[:2], "from the user"),
-    ([], "from the user"), ([TALK[0], TALK[0], TALK[2]], "'assistant'"), ([{"role": "user"}], "no text"),
-    ([{"role": "user", "content": None}], "no text")])
-def test_impossible_conversations_are_refused_with_the_way_out(turns, word):
-    with pytest.raises(data.UserError, match=word):
-        data.render_chat(tokenizer("small"), turns)
-
 @pytest.mark.parametrize("spec, template", [
     ("google/gemma-2-9b", "hh"), ("google/gemma-2-9b-it", "gemma"), ("google/gemma-2-9b-it@main", "gemma"),
     ("dir/gemma-2-2b-it/", "gemma"), ("google/gemma-3-270m-it@refs/pr/1", "gemma"), ("no-chat-italic", "hh")])

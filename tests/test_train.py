@@ -1,9 +1,6 @@
 """train.py, the command: what a run leaves, what each option does, kill and resume, refusals."""
 import functools
 import shutil
-import signal
-import socket
-import time
 from collections import Counter
 from types import SimpleNamespace
 
@@ -18,7 +15,7 @@ import model_gemma
 import sae as sae_module
 import sails
 import train
-from conftest import FIT, command, go, parity, random_gemma, random_sae, start, trained
+from conftest import FIT, by_two, command, go, parity, random_gemma, random_sae, start, trained
 
 def log(folder):
     """log.jsonl without its timing."""
@@ -112,22 +109,7 @@ def test_own_saes_are_fitted_where_they_are_missing(home, tmp_path):
     assert go(command(home, tmp_path / "b", FIT + " --resume"))[0] == 0
     assert same_files(tmp_path / "a", tmp_path / "b", "subspace.safetensors", "adapter_model.safetensors")
 
-# ---- kill and resume, several processes ----
-@pytest.mark.slow
-def test_a_killed_and_resumed_run_is_byte_identical_to_an_undisturbed_one(home, tmp_path):
-    whole, hurt, more = tmp_path / "whole", tmp_path / "hurt", "--steps 150 --save-every 10 --seed 4"
-    process = start(command(home, hurt, more), tmp_path)
-    while not (hurt / "state.safetensors").exists() and process.poll() is None:
-        time.sleep(.002)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (hurt / "adapter_model.safetensors").exists()
-    process = start(command(home, hurt, more + " --resume"), tmp_path)
-    assert go(command(home, whole, more))[0] == 0
-    process.communicate(timeout=120)
-    assert same_files(whole, hurt, "adapter_model.safetensors", "sails.json", "results.json", "table.md")
-    assert log(whole) == log(hurt)
-
+# ---- stop and resume, several processes; kills are test_kills.py's ----
 @pytest.mark.parametrize("more", (
     "--objective dpo --norm-aware --freeze-basis", "--objective rloo --samples 2"))
 def test_a_run_stopped_between_checkpoints_resumes_exactly(home, tmp_path, monkeypatch, more):
@@ -159,10 +141,7 @@ def test_a_run_continues_only_with_resume_and_unchanged_settings(home, tmp_path)
 @pytest.mark.slow
 def test_two_processes_train_the_adapter_that_one_does(home, tmp_path):
     more = "--batch 7 --objective dpo --lr 1e-3"       # micro 3 of batch 7: they get 4 and 3 examples
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        launcher = f"-m torch.distributed.run --nproc-per-node 2 --master-port {free.getsockname()[1]}"
-    two = start(command(home, tmp_path / "two", more), tmp_path, *launcher.split())
+    two = start(command(home, tmp_path / "two", more), tmp_path, *by_two())
     assert go(command(home, tmp_path / "one", more))[0] == 0
     said, wrong = two.communicate(timeout=120)
     assert two.returncode == 0 and said.count("training 1,536") == 1, wrong
@@ -190,28 +169,9 @@ def test_an_sae_is_asked_for_only_where_one_is_read(home, tmp_path, method):
     code, _, err = go([x for x in args if x not in ("--sae", home.sae)])
     assert (code == 2) == ("give --sae DIR or --sae fit" in err) == (method in ("sails", "random-features"))
 
-FAULTS = """--data {tmp}/one.jsonl -> too few usable examples
---max-tokens 9 -> 64 longer than 9 tokens
---method lora --data {tmp}/plain.jsonl --objective dpo -> --objective dpo needs rejected in every row
---data {tmp}/plain.jsonl --method lora --objective rloo -> --objective rloo needs label in every row
---data {tmp}/plain.jsonl -> --contrast replies needs rejected replies
---test {tmp}/plain.jsonl -> --test needs a label
---replay .1 -> --replay needs neutral text
---sae {tmp}/wide -> reads vectors of 32 numbers, but the model's residual stream has 24"""
-
-@pytest.mark.parametrize("fault", FAULTS.splitlines())
-def test_a_refusal_is_one_clear_line_with_exit_code_2_and_leaves_no_folder(home, tmp_path, fault):
-    plain = [dict(prompt=f"how {i} ?", response="sure") for i in range(30)]
-    data.write_rows(tmp_path / "plain.jsonl", plain)
-    data.write_rows(tmp_path / "one.jsonl", plain[:1])
-    for layer in (0, 1):
-        sae_module.save_sae(random_sae(D=32), tmp_path / "wide", layer, 20)
-    more, says = fault.format(tmp=tmp_path).split(" -> ")
-    code, said, err = go(command(home, tmp_path / "run", more))
-    assert (code, err.count("\n"), err[:7]) == (2, 1, "error: ") and says in said + err, err
-    assert not (tmp_path / "run").exists()
-
 def test_after_a_refusal_the_mended_command_runs_without_resume(home, tmp_path):
+    _, said, _ = go(command(home, tmp_path, "--max-tokens 9"))
+    assert "64 longer than 9 tokens" in said
     code, _, err = go(command(home, tmp_path, "--method lora --lr 1e18 --alpha 1e6 --steps 8"))
     assert code == 2 and "the loss or its gradient is not finite; lower --lr" in err
     assert go(command(home, tmp_path, "--method lora"))[0] == 0

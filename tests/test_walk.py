@@ -4,8 +4,6 @@ Read it beside the paper. A random Gemma gets one concept: every word for a harm
 carries the direction CONCEPT. An SAE of 8 features has that direction as feature 3; feature 5 fires on
 everything, the others never. What follows is what `python train.py` does, a step a test.
 """
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,8 +13,7 @@ import lora
 import model_gemma
 import sae as sae_module
 import sails
-import train
-from conftest import random_gemma, write_pairs
+from conftest import go, random_gemma, write_pairs
 
 PLANTED, ALWAYS, LAYER, D, N = 3, 5, 1, 24, 8
 ROWS = torch.linalg.qr(torch.randn(D, N, generator=torch.Generator().manual_seed(3)))[0].T      # (N, D)
@@ -91,12 +88,10 @@ def run(model, sae, world, split, tmp_path_factory):
     world.tok.save(str(home / "model" / "tokenizer.json"))
     sae_module.save_sae(sae, home / "sae", LAYER, 1)
     write_pairs(home / "pairs.jsonl", split["train"])
-    line = (f"train.py --model {home}/model --sae {home}/sae --layers {LAYER} --width {N} --contrast prompts "
+    line = (f"--model {home}/model --sae {home}/sae --layers {LAYER} --width {N} --contrast prompts "
             f"--data {home}/pairs.jsonl --out {home}/run --k 1 --tau 1 --r 1 --steps 2 --batch 4 --lr 0.01 "
             "--device cpu --freeze-basis")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", line.split())
-        train.main()
+    assert go(line.split())[0] == 0
     return home / "run"
 
 def test_6_training_moves_the_other_factor_so_the_update_reads_and_writes_the_concept_alone(run):
