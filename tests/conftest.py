@@ -43,6 +43,13 @@ def random_gemma(seed=0, dtype=torch.float32, **changes):
             p.uniform_(-.6, .6, generator=gen) if p.dim() == 1 else p.normal_(0, .3, generator=gen)
     return model.to(dtype).requires_grad_(False)
 
+@torch.no_grad()
+def stir(model, size=.3):
+    """Give every trainable weight a random value, as training would."""
+    gen = torch.Generator().manual_seed(1)
+    for _, p in lora.trainable(model):
+        p.normal_(0, size, generator=gen)
+
 def random_sae(seed=0, D=24, N=40, threshold=.1):
     """An untrained SAE that fires on about half of its features, decoder rows of norm 1."""
     gen = torch.Generator().manual_seed(seed)

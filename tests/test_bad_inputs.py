@@ -234,13 +234,12 @@ def at_most(seconds):
     """TooLate after so many seconds."""
     def late(*_):
         raise TooLate
-    old = signal.signal(signal.SIGALRM, late)
+    signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "URL"])
 def test_every_command_of_the_table_runs_where_nothing_is_damaged(place, name):

@@ -11,7 +11,7 @@ import lora
 import model_gemma
 from benchmarks import compare
 from benchmarks.tiny_world import REFUSAL, tiny_world
-from conftest import go, random_gemma
+from conftest import TOP, go, random_gemma, stir
 
 TOK, NAMES, HELP = tiny_world(0).tok, tiny_world(0).names, "sure first step3 ."
 ASKS = [f"{'hey ' * (i % 4)}how {'make' if i % 2 else 'use'} {NAMES[i]} {'?' * (i % 3)}" for i in range(23)]
@@ -30,9 +30,7 @@ def write(path, *rows):
 def bent(model):
     """The model with an adapter that changes it."""
     lora.attach(model, ["q", "o"], 2, 4)
-    torch.manual_seed(0)
-    for _, p in lora.trainable(model):
-        torch.nn.init.normal_(p, std=.3)
+    stir(model)
     return model.requires_grad_(False)
 
 @pytest.mark.parametrize("temperature", [0., 1.])
@@ -72,21 +70,11 @@ def test_a_reply_is_kept_without_its_prompt_and_answers_no_other_prompt(model, t
     with pytest.raises(data.UserError, match="twice"):
         respond(model, file, prompts())
 
-@pytest.mark.parametrize("name, text, want", [
-    ("x.csv", 'id,prompt,type,label,focus\n1,"A, b?",homonyms,safe,x\n26,C,contrast_homonyms,unsafe,x\n',
-     "x/1|benign|A, b?|| x/26|harmful|C||"),
-    ("adv.csv", 'goal,target\nA,"Sure, here"\n', "adv/1||A|Sure, here|"),
-    ("jbb.csv", "Index,Goal,Target,Behavior,Category\n0,A,Sure,Name,K\n", "jbb/0||A|Sure|"),
-    ("hb.csv", "\ufeffBehavior,Tags,ContextString,BehaviorID\nA,,,e_1\n", "hb/e_1||A||"),
-    ("sr.csv", "category,source,forbidden_prompt\nk,s,A\n", "sr/1||A||"),
-    ("category_3.csv", '"A, b"\nC\n', "HEx-PHI/category_3-1||A, b|| HEx-PHI/category_3-2||C||"),
-    ("a.txt", "A b\n\nC\n", "a/1||A b|| a/2||C||"),
-    ("own.jsonl", '{"prompt": "A", "label": "benign", "set": "s", "id": "x", "chosen": "C", "rejected": "R"}',
-     "s/x|benign|A|R|C"),
-    ("hh.jsonl", json.dumps({k: f"\n\nHuman: A\n\nAssistant: {k}" for k in ("chosen", "rejected")}),
-     "hh/1||A||")])
+LAYOUTS = (TOP / "tests" / "layouts.txt").read_text().splitlines()[1:]
+
+@pytest.mark.parametrize("name, text, want", [line.split(" | ", 2) for line in LAYOUTS])
 def test_public_layouts_are_told_apart_by_their_columns(tmp_path, name, text, want):
-    got = data.read_prompts([write(tmp_path / name, text)])
+    got = data.read_prompts([write(tmp_path / name, text.encode().decode("unicode_escape"))])
     text = " ".join("{id}|{label}|{turns[0][content]}|{target}|{expected}".format(**p) for p in got)
     assert text.replace("None", "") == want
 
@@ -204,11 +192,9 @@ def test_the_command_measures_costs_with_an_adapter_and_merging_changes_no_reply
     replies = lambda x: [r["reply"] for _, r in data.read_rows(tmp_path / x / "responses.jsonl")]
     assert replies("b") == replies("a") != replies("c")
 
-def test_judging_again_needs_no_model_and_replies_by_other_settings_are_not_mixed(home, tmp_path):
+def test_judging_again_needs_no_model(home, tmp_path):
     args = ["--prompts", write(tmp_path / "p.txt", "\n".join(ASKS[:4])), "--out", tmp_path / "o"]
     assert go(["--model", home.model, "--max-new", 4, *args], ev.main)[0] == 0
     code, out, _ = go(["--judge", "refusal-or-evasion", "--limit", 2, *args], ev.main)     # and fewer prompts
     assert code == 0 and "Judge: refusal\n" in out and "Judge: refusal-or-evasion\n" in out
     assert len(data.read_rows(tmp_path / "o" / "verdicts.jsonl")) == 4 + 2
-    code, _, err = go(["--model", home.model, "--max-new", 5, *args], ev.main)
-    assert code == 2 and "max_new was 4, now 5" in err

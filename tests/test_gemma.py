@@ -187,18 +187,16 @@ def test_nll_and_its_gradients_equal_autograds_on_full_logits_in_bf16_nearly(cap
     assert (nll - theirs).abs().max() < .2
     assert F.cosine_similarity(low.grad.float().flatten(), slopes[1][0].flatten(), 0) > .999
 
-EMBED, INDEX = "model.embed_tokens.weight", "model.safetensors.index.json"
-
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shards_with_a_copy_of_the_tied_head_and_our_own_file_load_to_the_last_bit(kind, dtype, tmp_path):
     model = tiny(kind)
     tensors = {"model." + n: p.detach() for n, p in model.named_parameters()}
-    tensors["lm_head.weight"] = tensors[EMBED].clone()
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     files = {n: f"model-{i % 3 + 1:05}-of-00003.safetensors" for i, n in enumerate(tensors)}
     for file in set(files.values()):
         save_file({n: t for n, t in tensors.items() if files[n] == file}, tmp_path / file)
-    data.write_json(tmp_path / INDEX, dict(weight_map=files))
+    data.write_json(tmp_path / "model.safetensors.index.json", dict(weight_map=files))
     data.write_json(tmp_path / "config.json", model.config.raw)
     loaded = load_gemma(tmp_path, dtype)
     save_gemma(loaded, tmp_path / "again")

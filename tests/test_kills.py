@@ -1,5 +1,5 @@
 """What is killed at random moments of fixed seeds goes on to the files of an undisturbed run, byte for byte.
-`python tests/test_kills.py 30 10` does it with 30 kills and 10 signals."""
+KILLS="30 10" in the environment makes it 30 kills and 10 signals."""
 import json
 import os
 import random
@@ -54,8 +54,7 @@ class Launcher:
         asks = [dict(prompt=f"{'hey ' * (i % 4)}how make thing{i} ?", label="benign") for i in range(90)]
         data.write_rows(top / "asks.jsonl", asks)
         env = os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(TOP))
-        server = [sys.executable, __file__, "zygote"]
-        self.zygote = subprocess.Popen(server, env=env, stdin=-1, stdout=-1, text=True)
+        self.zygote = subprocess.Popen([sys.executable, __file__], env=env, stdin=-1, stdout=-1, text=True)
         self.two = self.launch("two", top / "two")[1]  # beside the first tests: it takes long
 
     def arguments(self, stage, out, more=""):
@@ -185,8 +184,4 @@ def test_a_closed_stderr_or_stdout_does_not_stop_training(launcher, tmp_path):
     assert left == [launcher.undisturbed("run")] * 2
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["zygote"]:
-        zygote()
-    else:
-        os.environ["KILLS"] = " ".join(sys.argv[1:])
-        sys.exit(pytest.main([__file__, "-q", "-m", "slow", "-W", "ignore"]))
+    zygote()

@@ -7,7 +7,7 @@ import data
 import lora
 import model_gemma
 from benchmarks import merged
-from conftest import go, random_gemma
+from conftest import go, random_gemma, stir
 
 ALL, ATTENTION = tuple(lora.PLACES), ("q", "k", "v", "o")
 IDS = torch.tensor([[2, 5, 9, 100, 31], [2, 40, 41, 7, 8]])
@@ -22,13 +22,6 @@ def attached(model, start=lora.init_lora, targets=ALL, r=4, **more):
     lora.attach(model, targets, r, 2 * r)
     start(model) if callable(start) else lora.init_sails(model, start, **more)
     return [m for _, m in lora.adapters(model)]
-
-@torch.no_grad()
-def stir(model, size=.3):
-    """Give every factor random values, as training would."""
-    gen = torch.Generator().manual_seed(1)
-    for _, p in lora.trainable(model):
-        p.normal_(0, size, generator=gen)
 
 def factors(m):
     """The factor that holds the basis at a SAILS start, as (D, r), and the one that is zero."""
@@ -184,17 +177,20 @@ def test_an_adapter_survives_saving_and_loading(tmp_path, model, config):
     load_changed(model, tmp_path, config)
     assert torch.equal(model(IDS), adapted(IDS)) and state(model).keys() == state(adapted).keys()
 
+def theirs(folder):
+    auto = pytest.importorskip("transformers").AutoModelForCausalLM
+    return auto.from_pretrained(folder, attn_implementation="eager", dtype="auto")
+
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")         # of peft's own making
 @pytest.mark.parametrize("targets, layers", [
     (ATTENTION, None), (ALL, None), (("o", "down"), [1]), (("gate", "up", "k"), [0])])
 def test_peft_loads_the_folder_and_gives_the_same_logits(tmp_path, targets, layers):
-    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    peft = pytest.importorskip("peft")
     model_gemma.save_gemma(random_gemma(), tmp_path / "base")
     want = saved(tmp_path / "run", targets, layers)(IDS)
-    base = transformers.Gemma2ForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "run")(IDS).logits
-    torch.testing.assert_close(want, theirs, atol=1e-4, rtol=0)
+    model = peft.PeftModel.from_pretrained(theirs(tmp_path / "base"), tmp_path / "run")
+    torch.testing.assert_close(want, model(IDS).logits, atol=1e-4, rtol=0)
 
 @pytest.mark.parametrize("config, tensors, says", [
     (dict(use_dora=True), {}, "plain LoRA.*use_dora"),
@@ -215,10 +211,6 @@ def test_a_model_with_adapters_is_not_saved_as_one_and_a_hub_base_is_split_from_
     lora.save_adapter(model, tmp_path, "google/gemma-2-2b@v1")
     noted = data.read_json(tmp_path / "adapter_config.json")
     assert (noted["base_model_name_or_path"], noted["revision"]) == ("google/gemma-2-2b", "v1")
-
-def theirs(folder):
-    auto = pytest.importorskip("transformers").AutoModelForCausalLM
-    return auto.from_pretrained(folder, attn_implementation="eager", dtype="auto")
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-4), (torch.bfloat16, 0)], ids=["fp32", "bf16"])

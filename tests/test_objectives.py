@@ -10,7 +10,7 @@ import data
 import lora
 import model_gemma
 import train
-from conftest import random_gemma
+from conftest import random_gemma, stir
 
 NEUTRAL = [[2, 9, 9], [2, 30, 31, 32, 33, 34], [2, 77]]
 
@@ -22,10 +22,9 @@ def tuned(world, split):
         objective="sft", sft_steps=0, replay=0., beta=.3, samples=3, max_new=4, stop={1}, seed=0, batch=11)
 
 def moved(targets, size, layers=None):
-    model, gen = random_gemma(), torch.Generator().manual_seed(1)
+    model = random_gemma()
     lora.attach(model, targets, 3, 6, layers)
-    for _, p in lora.trainable(model):
-        p.data.normal_(0, size, generator=gen)
+    stir(model, size)
     return model
 
 def one_step(model, rows, s, step=5):

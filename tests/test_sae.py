@@ -1,5 +1,4 @@
 """sae.py: the published form exactly, both containers and spellings, refusals, training, measures."""
-
 import numpy as np
 import pytest
 import torch

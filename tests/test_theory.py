@@ -171,7 +171,8 @@ def test_an_sae_trained_on_the_samples_is_within_the_bound_of_its_own_eps_over_f
 @pytest.fixture
 def small(monkeypatch):
     """Both commands on two small samples, SAEs hardly trained: the bounds hold for any SAE."""
-    quick = dict(SIZES=(100, 300), SEEDS=range(10, 12), PAIRS=300, STRENGTHS=(0., 4.), TITLES={**theory.TITLES},
+    quick = dict(SIZES=(100, 300), SEEDS=range(10, 12), PAIRS=300, STRENGTHS=(0., 4.),
+                 TITLES=dict(theory.TITLES),
                  trained_estimate=functools.partial(theory.trained_estimate, steps=5),
                  measure_selection=functools.partial(theory.measure_selection, trials=300))
     for name, value in quick.items():

@@ -129,14 +129,10 @@ def test_a_run_stopped_between_checkpoints_resumes_exactly(home, tmp_path, monke
     assert steps == [0, 1, 2, 3, 4, 5, 3, 4, 5]
     assert same_files(whole, hurt, "adapter_model.safetensors", "results.json") and log(whole) == log(hurt)
 
-def test_a_run_continues_only_with_resume_and_unchanged_settings(home, tmp_path):
-    content = lambda: {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    go(command(home, tmp_path, "--method lora"))
+def test_resuming_a_finished_run_changes_nothing(run, home):
+    content = lambda: {p: p.read_bytes() for p in run.out.rglob("*") if p.is_file()}
     before = content()
-    for more, code, says in (("", 2, "add --resume"), ("--resume --lr 3e-3", 2, "lr was 0.01, now 0.003"),
-                             (f"--resume --data {home.test}", 2, "sources was"), ("--resume", 0, "")):
-        got, _, err = go(command(home, tmp_path, f"--method lora {more}"))
-        assert got == code and says in err and content() == before
+    assert go(command(home, run.out, f"--test {home.test} --resume"))[0] == 0 and content() == before
 
 @pytest.mark.slow
 def test_two_processes_train_the_adapter_that_one_does(home, tmp_path):
@@ -181,7 +177,7 @@ def test_after_a_refusal_the_mended_command_runs_without_resume(home, tmp_path):
 def compared(home, tmp_path_factory):
     """A comparison: its folder, its options, how often what runs can share was made."""
     counts, out = Counter(), tmp_path_factory.mktemp("runs") / "all"
-    more = "--method sails,random-features,lora,full --lr 1e-3,1e-2 --full-lr 1e-3 --seed 0,1"
+    more = "--method sails,random-features,lora,full --lr 1e-3,1e-2 --full-lr 1e-3,1e-2 --seed 0,1"
     with pytest.MonkeyPatch.context() as patch:
         for module, name in ((train, "load_sets"), (train, "load_saes"), (sails, "contrast_means"),
                              (model_gemma, "load_gemma"), (train, "align")):
@@ -194,13 +190,13 @@ def test_a_comparison_makes_a_folder_a_run_and_what_runs_share_once(compared):
     out, _, counts = compared
     want = {f"base-seed{seed}": ("base", 0, seed) for seed in (0, 1)} | {
         f"{m}-lr{lr:g}-seed{seed}": (m, lr, seed) for m in ("sails", "random-features", "lora", "full")
-        for lr in (.001, .01)[:1 if m == "full" else 2] for seed in (0, 1)}
+        for lr in (.001, .01) for seed in (0, 1)}
     for file in ("run.json", "results.json"):
         rows = {p.parent.name: data.read_json(p) for p in out.glob(f"*/{file}")}
         rows = {name: r.get("settings", r) for name, r in rows.items()}
         assert {name: (r["method"], r["lr"], r["seed"]) for name, r in rows.items()} == want
-    # stage 1 is made once a seed; full moves the model, so that the next seed loads it again
-    assert counts == dict(load_sets=1, load_saes=2, contrast_means=2, load_gemma=2, align=14)
+    # stage 1 is made once a seed; full moves the model, so that the next run loads it again
+    assert counts == dict(load_sets=1, load_saes=2, contrast_means=2, load_gemma=4, align=16)
 
 def test_a_comparison_does_what_is_missing_and_reads_its_table_from_the_folders(compared, home, monkeypatch):
     (out, more, _), done, align = compared, [], train.align
@@ -213,11 +209,6 @@ def test_a_comparison_does_what_is_missing_and_reads_its_table_from_the_folders(
     assert code == 2 and "steps was 4, now 3" in err
     data.write_json(lost / "results.json", data.read_json(lost / "results.json") | dict(method="read back"))
     assert "| read back, lr 0.01 |" in go(command(home, out, more))[1]
-
-def test_each_rate_of_full_has_a_folder(home, tmp_path):
-    go(command(home, tmp_path, "--method full --full-lr 1e-3,1e-2"))
-    assert {p.parent.name for p in tmp_path.glob("*/results.json")} == {
-        "base", "full-lr0.001-seed0", "full-lr0.01-seed0"}
 
 def test_the_look_at_the_last_step_sees_the_rates_that_are_measured_after_it(home, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "starts_with_refusal", lambda reply: "1" in reply)
