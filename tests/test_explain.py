@@ -62,7 +62,7 @@ def test_where_a_feature_fires_is_counted_on_the_two_sets(told, world):
         on = [a for values in sum(sides, []) for a in values if a > 0]
         assert row["maximum"] == pytest.approx(max(on, default=0), abs=1e-5)
         assert row["typical"] == pytest.approx(np.mean(on or [0]), abs=1e-5)
-        assert row["histogram"] == np.histogram(on, 20, (0, row["maximum"] or 1))[0].tolist()
+        assert row["histogram"] == np.histogram(on, 20, (0, max(on, default=1)))[0].tolist()
         assert row["delta"] == pytest.approx(row["mu_aligned"] - row["mu_unaligned"]) and row["delta"] < 0
 
 def test_contexts_are_the_strongest_of_the_shown_texts_none_twice(told, world):
