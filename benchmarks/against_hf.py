@@ -4,20 +4,23 @@
 
 One table: theirs / ours in seconds, ours / theirs in memory. Both sides read the same weights, adapter and
 batches from disk, and each is a process that stays alive: it does a few repetitions when it is asked, in
-turns with the other, so that a disturbance meets both; medians. Memory is the peak resident size of fresh
-processes. The first losses, the logits and the generated tokens of both sides must agree, or the run ends.
-Theirs: eager attention, which is the only kind that computes Gemma 2's soft cap on a CPU; for Gemma 3 also
-sdpa, and each cell takes the faster one. Real Gemma 3 270M is read from SAILS_REAL/gemma-3-270m, if set.
-On a GPU the published shape of the 9B comes after that, random weights in bf16, one side at a time.
+turns with the other, so that a disturbance meets both; medians. LoRA steps come first, so memory, the peak
+resident size (on a GPU: allocated there), is that of a process that did nothing else. The first losses, the
+logits and the generated tokens of both sides must agree, or the run ends. Theirs: eager attention, since no
+other kind trains with Gemma 2's soft cap on a CPU; for Gemma 3 also sdpa, and each cell takes the faster one
+(memory: the smaller). Real Gemma 3 270M is read from SAILS_REAL/gemma-3-270m. On a GPU the published shape
+of the 9B comes after that, random weights in bf16, one side at a time. Run it on a quiet machine.
 Letters: B batch, T tokens, V vocabulary.
 """
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -49,6 +52,8 @@ JOBS = {"step": "LoRA step", "full": "full step", "generate": "generate",
         "fixed": "generate, fixed length", "forward": "forward"}
 HOW = {"eager": "eager", "sdpa": "sdpa", "flex": "flex_attention"}  # theirs, by the side's name
 NEW = 64  # tokens a reply has at most
+LONG = 20  # seconds after which a job gets no third turn
+LIMIT = 120  # seconds a side has for the published shape: compiling may take for ever
 RANK = dict(r=16, alpha=32)  # of the adapters, on q, k, v, o
 
 # ---- what both sides read ----
@@ -62,7 +67,7 @@ def prepare(folder, name):
         (folder / "config.json").write_text(json.dumps(raw))
     elif not isinstance(raw, Path):
         model = Gemma(c)
-        fill(model)
+        fill(model, 1.5 * c.d_model ** -.5)
         save_gemma(model, folder)
     # stop tokens, a sixteenth of the vocabulary: replies end early and late, as an evaluation's do
     stop = torch.randperm(c.vocab_size - 3, generator=rng)[:c.vocab_size // 16] + 3
@@ -71,11 +76,13 @@ def prepare(folder, name):
     save_file(dict(ids=ids, stop=stop, asks=asks), folder / "inputs.safetensors")
 
 @torch.no_grad()
-def fill(model):
-    """Draw every parameter from a seed of its own name: the same numbers on both sides."""
+def fill(model, std=.02):
+    """Draw every parameter from a seed of its own name: the same numbers on both sides.
+    std is that of the blocks' matrices: with .02 a small model says one word for ever and no reply ends."""
     for name, p in model.named_parameters():
         seed = zlib.crc32(name.removeprefix("model.").encode())
-        p.normal_(std=.02, generator=torch.Generator(p.device).manual_seed(seed))
+        rng = torch.Generator(p.device).manual_seed(seed)
+        p.normal_(std=std if p.dim() == 2 and "embed" not in name else .02, generator=rng)
 
 # ---- the two sides: what a process calls ----
 class Ours:
@@ -98,23 +105,24 @@ class Ours:
         """ids (B, T) -> (B, T, V)"""
         return self.model(ids)
 
-    def replies(self, asks, stop):
-        """Greedy continuations of asks (B, T): lists of ids, a stop token included."""
-        return self.gemma.generate(self.model, asks.tolist(), NEW, stop)
+    def replies(self, asks, stop, new):
+        """Greedy continuations of asks (B, T): lists of at most `new` ids, a stop token included."""
+        return self.gemma.generate(self.model, asks.tolist(), new, stop)
 
     def adapt(self, folder):
-        """Put the adapter on; the parameters that train."""
+        """Put an adapter on, from which the other side starts too; the parameters that train."""
         self.lora.attach(self.model, **RANK)
-        if not (folder / "adapter").exists():
-            self.lora.init_lora(self.model)
-            self.lora.save_adapter(self.model, folder / "adapter")
-        self.lora.detach(self.model)
-        self.lora.load_adapter(self.model, folder / "adapter")
+        self.lora.init_lora(self.model)
+        self.lora.save_adapter(self.model, folder / "adapter")
         return [p for _, p in self.lora.trainable(self.model)]
 
-    def free(self):
-        """Take the adapter off; every parameter trains."""
+    def bare(self, _):
+        """Take the adapter off: the base as it was."""
         self.lora.detach(self.model)
+
+    def free(self, _):
+        """Every parameter trains, without an adapter."""
+        self.bare(_)
         self.model.requires_grad_(True)
         return [p for _, p in self.lora.trainable(self.model)]
 
@@ -142,16 +150,15 @@ class Theirs:
             fill(self.model)
         else:
             self.model = auto.from_pretrained(weights(name, folder), dtype=torch.float32, **how).to(device)
-        self.model.eval()
         self.model.generation_config.eos_token_id = None
 
     def logits(self, ids):
         return self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
 
-    def replies(self, asks, stop):
+    def replies(self, asks, stop, new):
         how = dict(eos_token_id=sorted(stop)) if stop else {}
         ids = self.model.generate(input_ids=asks, attention_mask=torch.ones_like(asks), do_sample=False,
-                                  pad_token_id=0, max_new_tokens=NEW, **how)
+                                  pad_token_id=0, max_new_tokens=new, **how)
         rows = [row[asks.shape[1]:] for row in ids.tolist()]
         ends = [next((n for n, token in enumerate(row, 1) if token in stop), len(row)) for row in rows]
         return [row[:end] for row, end in zip(rows, ends)]
@@ -161,9 +168,13 @@ class Theirs:
         self.model.train()
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def free(self):
+    def bare(self, _):
         if isinstance(self.model, self.peft.PeftModel):
             self.model = self.model.unload()
+        self.model.eval()
+
+    def free(self, _):
+        self.bare(_)
         self.model.train().requires_grad_(True)
         return list(self.model.parameters())
 
@@ -195,7 +206,7 @@ class Worker:
         self.ids, self.asks = inputs["ids"].to(device), inputs["asks"].to(device)
         self.stop = frozenset(inputs["stop"].tolist())
         self.it = (Ours if side == "ours" else Theirs)(name, folder, device, side)
-        self.kind, self.done = None, 0
+        self.state, self.done = "", 0
 
     def serve(self):
         """Answer the lines of stdin. What a library prints must not mix with the answers."""
@@ -217,24 +228,30 @@ class Worker:
             seconds.append(time.perf_counter() - began)
         return seconds, out
 
+    def become(self, state):
+        """The model `bare`, with a fresh adapter (`adapt`), or trained as a whole (`free`)."""
+        if state != self.state:
+            self.params, self.state, self.done = getattr(self.it, state)(self.folder), state, 0
+            self.opt = torch.optim.AdamW(self.params, lr=1e-3, weight_decay=0.0) if self.params else None
+
     @torch.no_grad()
     def forward(self, times):
+        self.become("bare")
         seconds, out = self.repeat(times, lambda: self.it.logits(self.ids[0])[:, ::16])
         save_file(dict(logits=out[0].float().contiguous()), self.folder / f"logits-{self.side}.safetensors")
         return dict(seconds=seconds)
 
-    def generate(self, times, stop=True):
-        seconds, out = self.repeat(times, lambda: self.it.replies(self.asks, self.stop if stop else ()))
+    def generate(self, times, stop=True, new=NEW):
+        self.become("bare")
+        stop = self.stop if stop else ()
+        seconds, out = self.repeat(times, lambda: self.it.replies(self.asks, stop, new))
         return dict(seconds=seconds, tokens=out[0])
 
-    def fixed(self, times):
-        return self.generate(times, stop=False)
+    def fixed(self, times, new=NEW):
+        return self.generate(times, stop=False, new=new)
 
-    def step(self, times, kind="adapt"):
-        if self.kind != kind:
-            self.params = self.it.adapt(self.folder) if kind == "adapt" else self.it.free()
-            self.opt = torch.optim.AdamW(self.params, lr=1e-3, weight_decay=0.0)
-            self.kind, self.done = kind, 0
+    def step(self, times, state="adapt"):
+        self.become(state)
         seconds, losses = self.repeat(times, self.one_step)
         return dict(seconds=seconds, losses=[x.item() for x in losses])
 
@@ -304,17 +321,22 @@ class Remote:
 # ---- the race ----
 def race(job, remotes, turns, folder):
     """{side: median seconds} of a job in turns; the sides' first results must agree."""
-    first = {r.side: r.ask(job, times=1) for r in remotes}
-    agree(job, first, folder)
-    seconds, times = {r.side: [] for r in remotes}, 1
-    for _ in range(turns):
-        for r in remotes:
-            seconds[r.side] += r.ask(job, times=times)["seconds"]
-        times = max(1, round(1 / max(x[-1] for x in seconds.values())))  # as many as fit into a second
-        if len(remotes) > 2:  # theirs: the faster one goes on
-            slow = max(remotes[1:], key=lambda r: seconds[r.side][-1])
+    talks = job in ("generate", "fixed")
+    warm = {r.side: r.ask(job, times=1, **(dict(new=2) if talks else {})) for r in remotes}
+    seconds, times, began = {r.side: [] for r in remotes}, 1, time.perf_counter()
+    for turn in range(turns):
+        answers = {r.side: r.ask(job, times=times) for r in remotes}
+        if turn == 0:
+            agree(job, answers if talks else warm, folder)
+        for side, answer in answers.items():
+            seconds[side] += answer["seconds"]
+        if len(remotes) > 2:  # of theirs the faster one goes on
+            slow = max(remotes[1:], key=lambda r: seconds[r.side])
             remotes = [r for r in remotes if r is not slow]
             del seconds[slow.side]
+        times = max(1, round(1 / max(x[-1] for x in seconds.values())))  # as many as fit into a second
+        if turn > 0 and time.perf_counter() - began > LONG:
+            break
     return {side: statistics.median(x) for side, x in seconds.items()}
 
 def agree(job, answers, folder):
@@ -339,49 +361,38 @@ def agree(job, answers, folder):
         if not good:
             sys.exit(f"{JOBS[job]}: ours and {side} do not agree")
 
-def memory(name, sides, folder, device):
-    """{side: [peak, before the model]} in bytes of three LoRA steps in fresh processes."""
-    out = {}
-    for side in sides:
-        with Remote(name, side, folder, device) as r:
-            r.ask("step", times=3)
-            out[side] = r.ask("peak")
-    return out
-
 def shape_row(name, jobs, turns, device):
-    """One row of the table, as cells."""
-    title, raw, *_ = SHAPES[name]
+    """One row of the table."""
+    title, cells = SHAPES[name][0], dict.fromkeys([*JOBS, "share", "memory"], "-")
     sides = ["ours", "eager", "sdpa"] if name == "270m" else ["ours", "eager"]
-    cells = dict.fromkeys([*JOBS, "share", "memory"], "-")
-    with tempfile.TemporaryDirectory() as folder:
+    print(f"{name}: {title}", flush=True)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         folder = Path(folder)
         prepare(folder, name)
-        print(f"{name}: {title}", flush=True)
-        remotes = [Remote(name, side, folder, device) for side in sides]
-        try:
-            for job in ("forward", "generate", "fixed", "step", "full"):  # the last two change the model
-                if job not in jobs or (job == "full" and name == "270m"):
-                    continue
-                took = race(job, remotes, turns, folder)
-                mine, (side, theirs) = took.pop("ours"), *took.items()
-                cells[job] = f"{theirs / mine:.2f}"
-                print(f"  {JOBS[job]}: ours {mine:.4f} s, theirs ({side}) {theirs:.4f} s", flush=True)
-                if job == "step":
-                    rate = 2 * 2048 ** 3 / statistics.median(remotes[0].ask("products", times=9)["seconds"])
-                    reached = remotes[0].ask("flops") / mine
-                    cells["share"] = f"{reached / rate:.0%}"
-                    print(f"  {reached / 1e9:.1f} GFLOP/s of {rate / 1e9:.1f}", flush=True)
-        finally:
-            for r in remotes:
-                r.__exit__()
-        if "step" in jobs:
-            peak = memory(name, sides, folder, device)
-            best = min(peak[side][0] for side in sides[1:])
-            cells["memory"] = f"{peak['ours'][0] / best:.2f}"
-            for side, (most, before) in peak.items():
-                print(f"  peak of {side}: {most / 1e6:.0f} MB, {(most - before) / 1e6:.0f} MB above the "
-                      "process before its model", flush=True)
+        remotes = [stack.enter_context(Remote(name, side, folder, device)) for side in sides]
+        for job in ("step", "forward", "generate", "fixed", "full"):
+            if job not in jobs or (job == "full" and name == "270m"):
+                continue
+            took = race(job, remotes, turns, folder)
+            mine, (side, theirs) = took.pop("ours"), *took.items()
+            cells[job] = f"{theirs / mine:.2f}"
+            print(f"  {JOBS[job]}: ours {mine:.4f} s, theirs ({side}) {theirs:.4f} s", flush=True)
+            if job == "step":
+                cells |= peaks(remotes, mine)
     return f"| {title} | " + " | ".join(cells.values()) + " |"
+
+def peaks(remotes, seconds):
+    """The cells share and memory, just after LoRA steps that took ours so many seconds."""
+    memory = {r.side: r.ask("peak") for r in remotes}
+    for side, (most, before) in memory.items():
+        print(f"  peak of {side}: {most / 1e6:.0f} MB, {(most - before) / 1e6:.0f} MB more than before its "
+              "model was made", flush=True)
+    theirs = min(most for side, (most, _) in memory.items() if side != "ours")
+    rate = 2 * 2048 ** 3 / statistics.median(remotes[0].ask("products", times=9)["seconds"])
+    reached = remotes[0].ask("flops") / seconds
+    print(f"  ours does {reached / 1e9:.1f} GFLOP/s in products of matrices, torch.mm of 2048 x 2048 "
+          f"{rate / 1e9:.1f}", flush=True)
+    return dict(share=f"{reached / rate:.0%}", memory=f"{memory['ours'][0] / theirs:.2f}")
 
 # ---- the published shape, one side at a time ----
 def published(name, device):
@@ -391,13 +402,16 @@ def published(name, device):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         prepare(folder, name)
-        for side in ("ours", "eager", "flex"):
+        for side in ("ours", "eager", "flex")[:3 if device.startswith("cuda") else 2]:
             began = time.perf_counter()
             try:
                 with Remote(name, side, folder, device) as r:
+                    end = threading.Timer(LIMIT, r.process.kill)
+                    end.start()
                     rows.append(one_side(r, B * T, prompts * NEW))
             except RuntimeError as e:
                 print(f"  {side} does not run: {str(e).strip().splitlines()[-1][:300]}", flush=True)
+            end.cancel()
             print(f"  {side}: {time.perf_counter() - began:.0f} s in all", flush=True)
     losses = [row.pop("loss") for row in rows]
     print(f"{title}, bf16: first losses {', '.join(f'{x:.4f}' for x in losses)}")
@@ -442,7 +456,7 @@ def main():
     rows, more = [], []
     for name in names:
         if name == "270m" and not REAL.exists():
-            print(f"{SHAPES[name][0]}: left out, SAILS_REAL names no folder with {REAL.name}")
+            print(f"{SHAPES[name][0]}: left out, SAILS_REAL names no folder with {REAL.name}", flush=True)
         elif name in SHAPES:
             rows.append(shape_row(name, jobs, args.turns, args.device))
         else:
