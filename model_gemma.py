@@ -165,13 +165,13 @@ class KVCache(dict):
         return self[key]
 
 class Linear(nn.Linear):
-    """x W^T. On a CPU the few rows of a decoding step are multiplied from the other side, (W x^T)^T: its
-    kernels take up to twice as long for 5 to 64 rows of x as for as many columns."""
+    """x W^T by product()."""
     def forward(self, x):
         return product(x, self.weight)
 
 def product(x, W):
-    """x (..., in) W^T (out, in), the way that is quick for so many rows."""
+    """x (..., in) W^T, W (out, in). Decoding on a CPU has few rows x: there it is (W x^T)^T.
+    The kernels take up to twice as long for 5 to 64 rows on the left as for as many columns on the right."""
     few = x.device.type == "cpu" and not torch.is_grad_enabled() and 4 < x.numel() // x.shape[-1] <= 64
     if few and x.dtype == torch.float32:
         return (W @ x.flatten(0, -2).T).T.contiguous().view(*x.shape[:-1], -1)
