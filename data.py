@@ -755,13 +755,10 @@ def encode(tok, examples, template, max_tokens=None):
 def pad(seqs, side="right"):
     """Lists of ids -> ids (B, T) int64 padded with PAD, keep (B, T) bool."""
     width = max(map(len, seqs))
-    ids = torch.full((len(seqs), width), PAD)
-    keep = torch.zeros(len(seqs), width, dtype=torch.bool)
-    for row, seq in enumerate(seqs):
-        where = slice(0, len(seq)) if side == "right" else slice(width - len(seq), width)
-        ids[row, where] = torch.tensor(seq)
-        keep[row, where] = True
-    return ids, keep
+    gaps = [[PAD] * (width - len(seq)) for seq in seqs]
+    rows = [[*seq, *gap] if side == "right" else [*gap, *seq] for seq, gap in zip(seqs, gaps)]
+    at = torch.arange(width) if side == "right" else torch.arange(width - 1, -1, -1)
+    return torch.tensor(rows, dtype=torch.long), at < torch.tensor([len(seq) for seq in seqs])[:, None]
 
 def batch_at(n, size, seed, step):
     """Indices of batch `step`, a pure function: every epoch is a new permutation of n examples."""

@@ -293,7 +293,7 @@ def load_state(path, params, opt):
         p.copy_(saved["p." + name])
         m, v = (saved[x + name].to(p.device) for x in ("m.", "v."))
         need(bool((v >= 0).all()), f"{path}: v.{name} is a mean of squares, but below 0")
-        opt.state[p] = dict(exp_avg=m, exp_avg_sq=v, step=torch.tensor(float(step)))
+        opt.state[p] = dict(exp_avg=m, exp_avg_sq=v, step=torch.tensor(float(step), device=p.device))
     return int(step)
 
 def main():

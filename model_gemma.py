@@ -406,13 +406,14 @@ class _ChunkedNLL(torch.autograd.Function):
             [grad_h] = ctx.saved_tensors
             return grad_h * g[:, None].to(grad_h.dtype), None, None, None, None
         h, table, targets = ctx.saved_tensors
-        grad_h, grad_table = torch.empty_like(h), torch.zeros_like(table)
+        grad_h, grad_table = torch.empty_like(h), None
         for a in range(0, len(h), ctx.chunk):
             rows = slice(a, a + ctx.chunk)
             d = _ChunkedNLL.slope(*_ChunkedNLL.logp(h[rows], table, ctx.cap), targets[rows], ctx.cap)
             d = d.mul_(g[rows, None]).to(h.dtype)
             grad_h[rows] = d @ table
-            grad_table.addmm_(d.T, h[rows])
+            # made by the first chunk: zeros to add to would be written, a GB of them, for nothing
+            grad_table = d.T @ h[rows] if grad_table is None else grad_table.addmm_(d.T, h[rows])
         return grad_h, grad_table, None, None, None
 
 # ---- loading and saving ----

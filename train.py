@@ -223,7 +223,7 @@ def align(model, rows, s, loss, folder=None, watch=None):
     A step is a pure function of (weights, optimizer state, s, step), so a resumed run is the undisturbed one,
     bit for bit. loss as make_loss builds it; watch() is logged every s.watch steps."""
     params = lora.trainable(model)
-    opt = torch.optim.AdamW([p for _, p in params], lr=s.lr, weight_decay=0.0)
+    opt = torch.optim.AdamW([p for _, p in params], lr=s.lr, weight_decay=0.0, fused=True)
     state = folder / "state.safetensors" if folder else None
     start = lora.load_state(state, params, opt) if folder else 0
     need(start <= s.steps, f"{state} has done {start} steps of {s.steps}")
