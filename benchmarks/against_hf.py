@@ -197,6 +197,18 @@ def resident(what):
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(what)))
 
+def repeat(times, device, do):
+    """(seconds, results) of do(), `times` times."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    seconds, out = [], []
+    for _ in range(times):
+        wait()
+        began = time.perf_counter()
+        out.append(do())
+        wait()
+        seconds.append(time.perf_counter() - began)
+    return seconds, out
+
 # ---- a side's process ----
 class Worker:
     """Does what it is asked, one job a line, and answers with a line of JSON."""
@@ -216,18 +228,6 @@ class Worker:
             ask = json.loads(line)
             print(json.dumps(getattr(self, ask.pop("job"))(**ask)), file=answers, flush=True)
 
-    def repeat(self, times, do):
-        """(seconds, results) of do(), `times` times."""
-        wait = torch.cuda.synchronize if self.device.startswith("cuda") else lambda: None
-        seconds, out = [], []
-        for _ in range(times):
-            wait()
-            began = time.perf_counter()
-            out.append(do())
-            wait()
-            seconds.append(time.perf_counter() - began)
-        return seconds, out
-
     def become(self, state):
         """The model `bare`, with a fresh adapter (`adapt`), or trained as a whole (`free`)."""
         if state != self.state:
@@ -237,14 +237,14 @@ class Worker:
     @torch.no_grad()
     def forward(self, times):
         self.become("bare")
-        seconds, out = self.repeat(times, lambda: self.it.logits(self.ids[0])[:, ::16])
+        seconds, out = repeat(times, self.device, lambda: self.it.logits(self.ids[0])[:, ::16])
         save_file(dict(logits=out[0].float().contiguous()), self.folder / f"logits-{self.side}.safetensors")
         return dict(seconds=seconds)
 
     def generate(self, times, stop=True, new=NEW):
         self.become("bare")
         stop = self.stop if stop else ()
-        seconds, out = self.repeat(times, lambda: self.it.replies(self.asks, stop, new))
+        seconds, out = repeat(times, self.device, lambda: self.it.replies(self.asks, stop, new))
         return dict(seconds=seconds, tokens=out[0])
 
     def fixed(self, times, new=NEW):
@@ -252,7 +252,7 @@ class Worker:
 
     def step(self, times, state="adapt"):
         self.become(state)
-        seconds, losses = self.repeat(times, self.one_step)
+        seconds, losses = repeat(times, self.device, self.one_step)
         return dict(seconds=seconds, losses=[x.item() for x in losses])
 
     def full(self, times):
@@ -286,14 +286,10 @@ class Worker:
             torch.cuda.reset_peak_memory_stats()
         return [most, 0]
 
-    def products(self, times):
-        a, b = torch.randn(2, 2048, 2048, device=self.device)
-        return dict(seconds=self.repeat(times, lambda: torch.mm(a, b))[0])
-
 class Remote:
     """A Worker in a process of its own."""
     def __init__(self, name, side, folder, device):
-        self.side, self.noise = side, tempfile.TemporaryFile("w+")
+        self.side, self.device, self.noise = side, device, tempfile.TemporaryFile("w+")
         command = [sys.executable, __file__, "--worker", name, side, str(folder), device]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=self.noise, text=True)
@@ -320,16 +316,19 @@ class Remote:
 
 # ---- the race ----
 def race(job, remotes, turns, folder):
-    """{side: median seconds} of a job in turns; the sides' first results must agree."""
+    """{side: median seconds} of a job in turns; the sides' first results must agree.
+    With LoRA steps comes "products", seconds of a product of matrices in between."""
     talks = job in ("generate", "fixed")
     warm = {r.side: r.ask(job, times=1, **(dict(new=2) if talks else {})) for r in remotes}
-    seconds, times, began = {r.side: [] for r in remotes}, 1, time.perf_counter()
+    seconds, beside, times, began = {r.side: [] for r in remotes}, {}, 1, time.perf_counter()
     for turn in range(turns):
         answers = {r.side: r.ask(job, times=times) for r in remotes}
         if turn == 0:
             agree(job, dict(answers if talks else warm), folder)
         for side, answer in answers.items():
             seconds[side] += answer["seconds"]
+        if job == "step":
+            beside.setdefault("products", []).extend(products(5, remotes[0].device))
         if len(remotes) > 2:  # of theirs the faster one goes on
             slow = max(remotes[1:], key=lambda r: seconds[r.side])
             remotes = [r for r in remotes if r is not slow]
@@ -337,7 +336,12 @@ def race(job, remotes, turns, folder):
         times = max(1, round(1 / max(x[-1] for x in seconds.values())))  # as many as fit into a second
         if turn > 0 and time.perf_counter() - began > LONG:
             break
-    return {side: statistics.median(x) for side, x in seconds.items()}
+    return {name: statistics.median(x) for name, x in (seconds | beside).items()}
+
+def products(times, device):
+    """Seconds of fp32 products of 2048 x 2048 matrices: the most that a machine can do."""
+    a, b = torch.randn(2, 2048, 2048, device=device)
+    return repeat(times, device, lambda: torch.mm(a, b))[0]
 
 def agree(job, answers, folder):
     """SystemExit unless what ours says is what one of theirs says; prints by how much they differ.
@@ -375,22 +379,22 @@ def shape_row(name, jobs, turns, device):
             if job not in jobs or (job == "full" and name == "270m"):
                 continue
             took = race(job, remotes, turns, folder)
-            mine, (side, theirs) = took.pop("ours"), *took.items()
+            product, mine = took.pop("products", None), took.pop("ours")
+            [(side, theirs)] = took.items()
             cells[job] = f"{theirs / mine:.2f}"
             print(f"  {JOBS[job]}: ours {mine:.4f} s, theirs ({side}) {theirs:.4f} s", flush=True)
             if job == "step":
-                cells |= peaks(remotes, mine)
+                cells |= peaks(remotes, mine, product)
     return f"| {title} | " + " | ".join(cells.values()) + " |"
 
-def peaks(remotes, seconds):
-    """The cells share and memory, just after LoRA steps that took ours so many seconds."""
+def peaks(remotes, seconds, product):
+    """The cells share and memory, just after LoRA steps; seconds: of our step, of a product beside it."""
     memory = {r.side: r.ask("peak") for r in remotes}
     for side, (most, before) in memory.items():
         print(f"  peak of {side}: {most / 1e6:.0f} MB, {(most - before) / 1e6:.0f} MB more than before its "
               "model was made", flush=True)
     theirs = min(most for side, (most, _) in memory.items() if side != "ours")
-    rate = 2 * 2048 ** 3 / statistics.median(remotes[0].ask("products", times=9)["seconds"])
-    reached = remotes[0].ask("flops") / seconds
+    rate, reached = 2 * 2048 ** 3 / product, remotes[0].ask("flops") / seconds
     print(f"  ours does {reached / 1e9:.1f} GFLOP/s in products of matrices, torch.mm of 2048 x 2048 "
           f"{rate / 1e9:.1f}", flush=True)
     return dict(share=f"{reached / rate:.0%}", memory=f"{memory['ours'][0] / theirs:.2f}")

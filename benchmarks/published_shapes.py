@@ -1,13 +1,15 @@
 """published_shapes.py - the whole road at the published sizes, random weights: time and memory of each stage.
 
-    python benchmarks/published_shapes.py FOLDER --size 2b     FOLDER gets 6.5 GB (9b: 21 GB, small: 10 MB)
+    python benchmarks/published_shapes.py FOLDER --size 2b     FOLDER gets 6.5 GB (9b: 20 GB, small: 10 MB)
+    python benchmarks/published_shapes.py FOLDER --size 9b --device cuda --stage write walk
 
-Writes a checkpoint (bf16, in shards) and an SAE per layer with the names and shapes of Gemma 2 and Gemma
-Scope, then walks load -> forward -> features -> 3 steps -> generate -> save -> reload with train.py's own
-functions, in a process of its own. Peak memory is the resident size, sampled every 10 ms; it counts the
-pages of mapped weight files, which are read when first used: the first forward belongs to the loading.
-transformers, where installed, does the same forward on the same files. Text and tokenizer are the made-up
-world's.
+Writes a checkpoint (bf16, in shards) and SAEs of some layers with the names and shapes of Gemma 2 and Gemma
+Scope, then walks load -> forward -> features -> steps -> generate -> save -> reload with train.py's own
+functions, in a process of its own: 3 steps of 2 x 120 tokens on a CPU, 20 of 4 x 512 on a GPU. Peak memory is
+the resident size, sampled every 10 ms; it counts the pages of mapped weight files, which are read when first
+used: the first forward belongs to the loading. On a GPU also what is allocated there, at the most in each
+stage. transformers, where installed, does the same forward on the same files. Text and tokenizer are the
+made-up world's.
 """
 import importlib.util
 import os
@@ -40,9 +42,10 @@ SIZES = {
                      num_key_value_heads=4),
     "9b": RAW | dict(num_hidden_layers=42, hidden_size=3584, intermediate_size=14336, num_attention_heads=16,
                      num_key_value_heads=8)}
-SAE_LAYERS = {"small": (1, 2), "2b": (5, 10, 15, 20), "9b": (10, 15, 20, 25, 30)}
+SAE_LAYERS = {"small": (1, 2), "2b": (5, 10, 15, 20), "9b": (10, 20)}  # the 9b: two of five, 0.5 GB each
 WIDTHS = {"small": 512, "2b": 16384, "9b": 16384}
 SHARD = 2e9  # bytes; the hub's shards are up to 5 GB
+STAGES = ["write", "walk", "compare"]
 PROBE = torch.arange(5, 69)[None]  # 64 token ids
 
 def on_meta(size):
@@ -50,20 +53,30 @@ def on_meta(size):
     with torch.device("meta"):
         return model_gemma.Gemma(model_gemma.config_from_json(SIZES[size]))
 
-def write(folder, size):
+def load_of(device):
+    """(steps, rows a step, words of a prompt and of a reply, replies, new tokens) that a device can bear."""
+    return (20, 4, 254, 8, 64) if device.startswith("cuda") else (3, 2, 58, 2, 16)
+
+def pairs_file(folder, device):
+    """The preference data for a device: of long rows or short ones."""
+    return folder / f"pairs-{load_of(device)[2]}.jsonl"
+
+def write(folder, size, device):
     """Write checkpoint, tokenizer, SAEs and preference data."""
     world, rng = tiny_world(0), np.random.default_rng(0)
-    write_weights(folder / "model", size)
+    if not (folder / "model" / "tokenizer.json").exists():
+        write_weights(folder / "model", size, device)
     world.tok.save(str(folder / "model" / "tokenizer.json"))
     for layer in SAE_LAYERS[size]:
         write_sae(folder / "sae", layer, SIZES[size]["hidden_size"], WIDTHS[size], rng)
     words = [w.strip("▁") for w in world.tok.get_vocab() if w.startswith("▁") and len(w) > 1]
-    text = lambda: " ".join(rng.choice(words, 60))
+    text = lambda: " ".join(rng.choice(words, load_of(device)[2]))
     rows = [dict(prompt=text(), chosen=text(), rejected=text()) for _ in range(40)]
-    data.write_rows(folder / "pairs.jsonl", rows)
+    data.write_rows(pairs_file(folder, device), rows)
 
-def write_weights(folder, size):
-    """Write random weights in shards, one of them in memory at a time, with index and config."""
+def write_weights(folder, size, device):
+    """Write random weights in shards, one of them in memory at a time, with index and config.
+    They are drawn on the device: nine billion numbers take a CPU minutes."""
     shapes = {"model." + n: p.shape for n, p in on_meta(size).named_parameters()}
     parts, room = [[]], SHARD
     for name, shape in shapes.items():
@@ -72,9 +85,10 @@ def write_weights(folder, size):
             room = SHARD
         parts[-1].append(name)
         room -= shape.numel() * 2
-    where, gen = {}, torch.Generator().manual_seed(0)
+    where, gen = {}, torch.Generator(device).manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
-    draw = lambda shape: torch.empty(shape, dtype=torch.bfloat16).normal_(std=.02, generator=gen)
+    blank = lambda shape: torch.empty(shape, dtype=torch.bfloat16, device=device)
+    draw = lambda shape: blank(shape).normal_(std=.02, generator=gen).cpu()
     for i, part in enumerate(parts, 1):
         file = f"model-{i:05d}-of-{len(parts):05d}.safetensors"
         save_file({n: draw(shapes[n]) for n in part}, folder / file, metadata={"format": "pt"})
@@ -96,10 +110,11 @@ def write_sae(folder, layer, D, N, rng):
     np.savez(path, W_enc=W.T, W_dec=W, b_enc=b_enc, b_dec=b_dec, threshold=threshold)
 
 class Stage:
-    """Times a stage and samples the process's resident size meanwhile; prints one line."""
+    """Times a stage and samples the process's resident size meanwhile; prints one line.
+    tokens: how many it works through, if a rate is wanted."""
 
-    def __init__(self, name):
-        self.name, self.peak, self.over = name, 0, threading.Event()
+    def __init__(self, name, tokens=0):
+        self.name, self.tokens, self.peak, self.over = name, tokens, 0, threading.Event()
         self.thread = threading.Thread(target=self.sample, daemon=True)
 
     def sample(self):
@@ -107,18 +122,22 @@ class Stage:
             self.peak = max(self.peak, resident())
 
     def __enter__(self):
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
         self.began = time.perf_counter()
         self.thread.start()
 
     def __exit__(self, *_):
+        gpu = ""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+            gpu = f", {torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU"
         seconds = time.perf_counter() - self.began
         self.over.set()
         self.thread.join()
-        gpu = ""
-        if torch.cuda.is_initialized():
-            gpu = f", {torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU so far"
         peak = max(self.peak, resident()) / 1e9
-        print(f"{self.name:24s} {seconds:8.1f} s   peak {peak:6.2f} GB resident{gpu}", flush=True)
+        rate = f", {self.tokens / seconds:,.0f} tokens/s" if self.tokens else ""
+        print(f"{self.name:26s} {seconds:8.1f} s   peak {peak:6.2f} GB resident{gpu}{rate}", flush=True)
 
 def resident():
     """The process's resident size in bytes."""
@@ -126,16 +145,18 @@ def resident():
 
 def walk(folder, size, device):
     """Every stage, on our side."""
-    line = (f"--model {folder}/model --sae {folder}/sae --data {folder}/pairs.jsonl --dtype bfloat16 "
-            f"--device {device} --template tiny --steps 3 --batch 2 --micro 2 --width 16k --contrast-pairs 8 "
-            f"--layers {','.join(map(str, SAE_LAYERS[size]))}")
+    steps, batch, _, replies, new = load_of(device)
+    line = (f"--model {folder}/model --sae {folder}/sae --data {pairs_file(folder, device)} --dtype bfloat16 "
+            f"--device {device} --template tiny --steps {steps} --batch {batch} --micro {batch} --width 16k "
+            f"--contrast-pairs 8 --layers {','.join(map(str, SAE_LAYERS[size]))}")
     s = train.settings(line.split())
     train.choose_sources(s)
     s.method, s.lr, s.seed, s.resume, s.shared = "sails", s.lr[0], s.seed[0], False, str(folder / "run")
     sets, out = train.load_sets(s), folder / "run"
     out.mkdir(exist_ok=True)
-    (out / "subspace.safetensors").unlink(missing_ok=True)
-    print(f"{'before':24s} {'':10s}   {resident() / 1e9:11.2f} GB resident", flush=True)
+    for name in ("subspace", "state"):  # of an earlier walk: it is not to go on
+        (out / f"{name}.safetensors").unlink(missing_ok=True)
+    print(f"{'before':26s} {'':10s}   {resident() / 1e9:11.2f} GB resident", flush=True)
     with Stage("load"):
         model = model_gemma.load_gemma(s.model, torch.bfloat16, device)
     with Stage("first forward, 64 tokens"), torch.no_grad():
@@ -143,10 +164,11 @@ def walk(folder, size, device):
     save_file({"logits": base}, folder / "logits.safetensors")
     with Stage("features, 8 pairs"):
         train.start(s, model, sets, out)
-    with Stage("3 steps of 2 x 120 tokens"):
+    T = len(sets.train[0]["chosen_tokens"][0])  # one length: a word is a token
+    with Stage(f"{steps} steps of {batch} x {T} tokens", steps * batch * T):
         train.align(model, sets.train, s, train.make_loss(s, model), out)
-    with Stage("generate 2 x 16"):
-        replies = model_gemma.generate(model, [r["prompt_ids"] for r in sets.train[:2]], 16, ())
+    with Stage(f"generate {replies} x {new}", replies * new):
+        said = model_gemma.generate(model, [r["prompt_ids"] for r in sets.train[:replies]], new, ())
     with torch.no_grad():
         trained = model(PROBE.to(device)).cpu()
     with Stage("save the adapter"):
@@ -159,10 +181,10 @@ def walk(folder, size, device):
         again = model(PROBE.to(device)).cpu()
     assert torch.equal(again, trained)
     assert not torch.equal(again, base)
-    assert all(len(r) == 16 for r in replies)
+    assert all(len(r) == new for r in said)
     print("reloaded logits equal the trained model's to the last bit, and differ from the base's")
 
-def compare(folder, device):
+def compare(folder, _, device):
     """transformers' logits on the same files, against ours."""
     if importlib.util.find_spec("transformers") is None:
         return print("transformers is not installed: not compared")
@@ -182,20 +204,16 @@ def main():
     ap.add_argument("folder", type=Path, help="where the files go")
     ap.add_argument("--size", choices=SIZES, default="2b")
     ap.add_argument("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    ap.add_argument("--stage", choices=["write", "walk", "compare"], help="only this one")
+    ap.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES, help="only these, in this order")
     args = ap.parse_args()
-    if args.stage == "write":
-        return write(args.folder, args.size)
-    if args.stage == "walk":
-        return walk(args.folder, args.size, args.device)
-    if args.stage == "compare":
-        return compare(args.folder, args.device)
+    if len(args.stage) == 1:
+        return globals()[args.stage[0]](args.folder, args.size, args.device)
     count = sum(p.numel() for p in on_meta(args.size).parameters())
     print(f"{args.size}: {count:,} parameters, {2 * count / 1e9:.2f} GB in bf16; torch {torch.__version__}, "
-          f"{torch.get_num_threads()} threads", flush=True)
+          f"{torch.get_num_threads()} threads, {args.device}", flush=True)
     again = [sys.executable, __file__, str(args.folder), "--size", args.size, "--device", args.device]
-    for stage in ("write", "walk", "compare"):  # a process each: memory is measured from nothing
-        if stage != "write" or not (args.folder / "pairs.jsonl").exists():
+    for stage in args.stage:  # a process each: memory is measured from nothing
+        if stage != "write" or not pairs_file(args.folder, args.device).exists():
             subprocess.run([*again, "--stage", stage], check=True)
 
 if __name__ == "__main__":
