@@ -30,6 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from safetensors.torch import load_file, save_file
 
+import data
+
 G2 = dict(model_type="gemma2", architectures=["Gemma2ForCausalLM"], attn_logit_softcapping=50.0,
           final_logit_softcapping=30.0, hidden_activation="gelu_pytorch_tanh", sliding_window=4096)
 TINY = G2 | dict(hidden_size=64, num_hidden_layers=4, intermediate_size=128, num_attention_heads=4,
@@ -50,6 +52,8 @@ PUBLISHED = {  # bf16, made in place from a seed; the second runs every line of 
     "debug": ("a small shape, 4 x 32", TINY, 4, 32, 4)}
 JOBS = {"step": "LoRA step", "full": "full step", "generate": "generate",
         "fixed": "generate, fixed length", "forward": "forward"}
+SHARE, MEMORY = "share of the matrix-product peak", "peak memory of the LoRA step"
+KINDS = [job for job in JOBS if job != "fixed"]  # which comes with generate
 HOW = {"eager": "eager", "sdpa": "sdpa", "flex": "flex_attention"}  # theirs, by the side's name
 NEW = 64  # tokens a reply has at most
 LONG = 20  # seconds after which a job gets no third turn
@@ -198,16 +202,17 @@ def resident(what):
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(what)))
 
 def repeat(times, device, do):
-    """(seconds, results) of do(), `times` times."""
+    """(seconds, first result) of do(), `times` times."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    seconds, out = [], []
+    seconds, first = [], None
     for _ in range(times):
         wait()
         began = time.perf_counter()
-        out.append(do())
+        out = do()
         wait()
         seconds.append(time.perf_counter() - began)
-    return seconds, out
+        first = out if first is None else first
+    return seconds, first
 
 # ---- a side's process ----
 class Worker:
@@ -226,7 +231,12 @@ class Worker:
         os.dup2(2, 1)
         for line in sys.stdin:
             ask = json.loads(line)
-            print(json.dumps(getattr(self, ask.pop("job"))(**ask)), file=answers, flush=True)
+            try:
+                answer = getattr(self, ask.pop("job"))(**ask)
+            except torch.OutOfMemoryError:
+                answer = "out of memory"
+                torch.cuda.empty_cache()
+            print(json.dumps(answer), file=answers, flush=True)
 
     def become(self, state):
         """The model `bare`, with a fresh adapter (`adapt`), or trained as a whole (`free`)."""
@@ -237,23 +247,24 @@ class Worker:
     @torch.no_grad()
     def forward(self, times):
         self.become("bare")
-        seconds, out = repeat(times, self.device, lambda: self.it.logits(self.ids[0])[:, ::16])
-        save_file(dict(logits=out[0].float().contiguous()), self.folder / f"logits-{self.side}.safetensors")
+        seconds, out = repeat(times, self.device, lambda: self.it.logits(self.ids[0]))
+        some = out[:, ::16].float().contiguous()
+        save_file(dict(logits=some), self.folder / f"logits-{self.side}.safetensors")
         return dict(seconds=seconds)
 
     def generate(self, times, stop=True, new=NEW):
         self.become("bare")
         stop = self.stop if stop else ()
         seconds, out = repeat(times, self.device, lambda: self.it.replies(self.asks, stop, new))
-        return dict(seconds=seconds, tokens=out[0])
+        return dict(seconds=seconds, tokens=out)
 
     def fixed(self, times, new=NEW):
         return self.generate(times, stop=False, new=new)
 
     def step(self, times, state="adapt"):
         self.become(state)
-        seconds, losses = repeat(times, self.device, self.one_step)
-        return dict(seconds=seconds, losses=[x.item() for x in losses])
+        seconds, loss = repeat(times, self.device, self.one_step)
+        return dict(seconds=seconds, loss=loss.item())
 
     def full(self, times):
         return self.step(times, "free")
@@ -295,7 +306,7 @@ class Remote:
                                         stderr=self.noise, text=True)
 
     def ask(self, job, **more):
-        """The answer; RuntimeError with its last words if the process has died."""
+        """The answer; MemoryError, or RuntimeError with its last words if the process has died."""
         try:
             self.process.stdin.write(json.dumps(dict(job=job, **more)) + "\n")
             self.process.stdin.flush()
@@ -304,8 +315,11 @@ class Remote:
         line = self.process.stdout.readline()
         if not line:
             self.noise.seek(0)
-            raise RuntimeError(f"{self.side}, {job}: {self.noise.read()[-3000:]}")
-        return json.loads(line)
+            raise RuntimeError(f"{self.side}, {job}: {self.noise.read()[-3000:] or 'killed'}")
+        answer = json.loads(line)
+        if answer == "out of memory":
+            raise MemoryError(f"{self.side}, {job}: out of memory")
+        return answer
 
     def __enter__(self):
         return self
@@ -359,16 +373,16 @@ def agree(job, answers, folder):
             gap, size = (a - b).abs().max().item(), b.abs().max().item()
             good, what = gap <= 1e-4 * max(1, size), f"logits up to {size:.1f} differ by {gap:.1e}"
         else:
-            gap = abs(ours["losses"][0] - theirs["losses"][0])
-            good, what = gap <= 1e-4, f"first losses {ours['losses'][0]:.5f} differ by {gap:.1e}"
+            gap = abs(ours["loss"] - theirs["loss"])
+            good, what = gap <= 1e-4, f"first losses {ours['loss']:.5f} differ by {gap:.1e}"
         print(f"  {JOBS[job]}, ours and {side}: {what}", flush=True)
         agreed.append(good)
     if not any(agreed):
         sys.exit(f"{JOBS[job]}: ours and theirs do not agree")
 
 def shape_row(name, jobs, turns, device):
-    """One row of the table."""
-    title, cells = SHAPES[name][0], dict.fromkeys([*JOBS, "share", "memory"], "-")
+    """One row of the table, {column: cell}."""
+    title, cells = SHAPES[name][0], dict(shape=SHAPES[name][0])
     sides = ["ours", "eager", "sdpa"] if name == "270m" else ["ours", "eager"]
     print(f"{name}: {title}", flush=True)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -381,14 +395,14 @@ def shape_row(name, jobs, turns, device):
             took = race(job, remotes, turns, folder)
             product, mine = took.pop("products", None), took.pop("ours")
             [(side, theirs)] = took.items()
-            cells[job] = f"{theirs / mine:.2f}"
+            cells[JOBS[job]] = f"{theirs / mine:.2f}"
             print(f"  {JOBS[job]}: ours {mine:.4f} s, theirs ({side}) {theirs:.4f} s", flush=True)
             if job == "step":
                 cells |= peaks(remotes, mine, product)
-    return f"| {title} | " + " | ".join(cells.values()) + " |"
+    return cells
 
 def peaks(remotes, seconds, product):
-    """The cells share and memory, just after LoRA steps; seconds: of our step, of a product beside it."""
+    """The cells SHARE and MEMORY, just after LoRA steps; seconds: of our step, of a product beside it."""
     memory = {r.side: r.ask("peak") for r in remotes}
     for side, (most, before) in memory.items():
         print(f"  peak of {side}: {most / 1e6:.0f} MB, {(most - before) / 1e6:.0f} MB more than before its "
@@ -397,64 +411,90 @@ def peaks(remotes, seconds, product):
     rate, reached = 2 * 2048 ** 3 / product, remotes[0].ask("flops") / seconds
     print(f"  ours does {reached / 1e9:.1f} GFLOP/s in products of matrices, torch.mm of 2048 x 2048 "
           f"{rate / 1e9:.1f}", flush=True)
-    return dict(share=f"{reached / rate:.0%}", memory=f"{memory['ours'][0] / theirs:.2f}")
+    return {SHARE: f"{reached / rate:.0%}", MEMORY: f"{memory['ours'][0] / theirs:.2f}"}
 
 # ---- the published shape, one side at a time ----
+SPEEDS = ("forward, tokens/s", "generate, tokens/s", "LoRA step, tokens/s", "with checkpointing, tokens/s")
+SIZES = ("GB", "with checkpointing, GB")
+COLUMNS = ("side", *SPEEDS[:3], SIZES[0], SPEEDS[3], SIZES[1])
+
 def published(name, device):
-    """Rows of a second table: tokens/s and GB of each side; what does not run is said."""
+    """A second table's lines: tokens/s and GB of each side; what does not run is said.
+    flex_attention knows the soft cap, but trains on a GPU only; sdpa leaves the cap out: another function."""
     title, _, B, T, prompts = PUBLISHED[name]
+    print(f"{name}: {title}, bf16", flush=True)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         prepare(folder, name)
-        for side in ("ours", "eager", "flex")[:3 if device.startswith("cuda") else 2]:
+        for side in ["ours", "eager", *(["flex"] if device.startswith("cuda") else [])]:
             began = time.perf_counter()
-            try:
-                with Remote(name, side, folder, device) as r:
-                    end = threading.Timer(LIMIT, r.process.kill)
-                    end.start()
+            with Remote(name, side, folder, device) as r:
+                end = threading.Timer(LIMIT, r.process.kill)
+                end.start()
+                try:
                     rows.append(one_side(r, B * T, prompts * NEW))
-            except RuntimeError as e:
-                print(f"  {side} does not run: {str(e).strip().splitlines()[-1][:300]}", flush=True)
-            end.cancel()
+                except RuntimeError as e:
+                    if side != "flex":
+                        raise
+                    print(f"  flex_attention does not run: {str(e).strip().splitlines()[-1][:300]}")
+                finally:
+                    end.cancel()
             print(f"  {side}: {time.perf_counter() - began:.0f} s in all", flush=True)
-    losses = [row.pop("loss") for row in rows]
-    print(f"{title}, bf16: first losses {', '.join(f'{x:.4f}' for x in losses)}")
+    losses = [row["loss"] for row in rows if "loss" in row]
+    print(f"  first losses: {', '.join(f'{x:.5f}' for x in losses)}", flush=True)
     if max(losses) - min(losses) > 2e-2:
         sys.exit("the first losses do not agree")
-    return ["| " + " | ".join([title, *row.values()]) + " |" for row in rows]
+    return table(f"{title}, bf16, {device}", COLUMNS, [*rows, compared(*rows)])
+
+def compared(ours, *theirs):
+    """A row of ours by the best of theirs: the fastest, the smallest."""
+    row = dict(side="ours / the best of theirs")
+    for key in (*SPEEDS, *SIZES):
+        have = [x[key] for x in theirs if key in x]
+        if have and key in ours:
+            row[key] = f"{ours[key] / (min if key in SIZES else max)(have):.2f}"
+    return row
+
+def table(title, columns, rows):
+    """Lines of a markdown table of rows {column: cell}."""
+    cell = lambda x: x if isinstance(x, str) else f"{x:,.1f}" if x < 100 else f"{x:,.0f}"
+    return ["", title, "", "| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|",
+            *("| " + " | ".join(cell(row.get(key, "-")) for key in columns) + " |" for row in rows)]
 
 def one_side(r, tokens, new):
-    """Cells of a side: 3 steps to warm up, 8 timed, without and with checkpointing; then the others."""
+    """A side's row: 3 steps to warm up, 8 timed, without and with checkpointing; forward and generation."""
     row = dict(side=r.side)
-    speed = lambda job, n, times: f"{n / statistics.median(r.ask(job, times=times)['seconds']):,.0f}"
-    for job, n, times in (("forward", tokens, 8), ("fixed", new, 1)):
+    speed = lambda job, n, times: n / statistics.median(r.ask(job, times=times)["seconds"])
+    for job, key, n, times in (("forward", SPEEDS[0], tokens, 8), ("fixed", SPEEDS[1], new, 1)):
         r.ask(job, times=1)
-        row[job] = speed(job, n, times)
-    for kind in ("plain", "checkpointing"):
-        if kind == "checkpointing":
+        row[key] = speed(job, n, times)
+    for rate, size in zip(SPEEDS[2:], SIZES):
+        if rate == SPEEDS[3]:
             r.ask("checkpointing")
         r.ask("peak", reset=True)
-        losses = r.ask("step", times=3)["losses"]
-        row.setdefault("loss", losses[0])
-        row[kind] = speed("step", tokens, 8)
-        row[kind + " GB"] = f"{r.ask('peak')[0] / 1e9:.1f}"
+        try:
+            row.setdefault("loss", r.ask("step", times=3)["loss"])
+            row[rate] = speed("step", tokens, 8)
+            row[size] = r.ask("peak")[0] / 1e9
+        except MemoryError as e:
+            print(f"  {e}", flush=True)
     return row
 
 def main():
     ap = argparse.ArgumentParser(description="This code against transformers + PEFT.")
     ap.add_argument("--turns", type=int, default=3, help="how often a job is timed, each side in turn")
     ap.add_argument("--shape", nargs="+", choices=[*SHAPES, *PUBLISHED], help="only these")
-    ap.add_argument("--only", default="step,full,generate,forward", help="jobs, separated by commas")
-    ap.add_argument("--device", default="cpu", help="cpu or cuda")
+    ap.add_argument("--only", default=list(KINDS), type=data.list_of(str, KINDS), help=",".join(KINDS))
+    ap.add_argument("--device", default="cpu", type=data.device, help="cpu or cuda")
     ap.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     args = ap.parse_args()
     if args.worker:
         name, side, folder, device = args.worker
         return Worker(name, side, Path(folder), device).serve()
     import transformers
-    began, jobs = time.perf_counter(), args.only.split(",")
-    jobs += ["fixed"] if "generate" in jobs else []
+    began = time.perf_counter()
+    jobs = [*args.only, *(["fixed"] if "generate" in args.only else [])]
     names = args.shape or [*SHAPES, *(["9b"] if args.device.startswith("cuda") else [])]
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, "
           f"{torch.get_num_threads()} threads, {args.device}", flush=True)
@@ -466,13 +506,8 @@ def main():
             rows.append(shape_row(name, jobs, args.turns, args.device))
         else:
             more += published(name, args.device)
-    heads = ["shape", *JOBS.values(), "share of the matrix-product peak", "peak memory of the LoRA step"]
-    if rows:
-        print("\n".join(["", "| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|", *rows]))
-    heads = ["shape", "side", "forward, tokens/s", "generate, tokens/s", "LoRA step, tokens/s", "GB",
-             "with checkpointing, tokens/s", "GB"]
-    if more:
-        print("\n".join(["", "| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|", *more]))
+    title = "theirs / ours in seconds, ours / theirs in memory"
+    print("\n".join([*(table(title, ["shape", *JOBS.values(), SHARE, MEMORY], rows) if rows else []), *more]))
     print(f"\n{time.perf_counter() - began:.0f} s in all")
 
 if __name__ == "__main__":
