@@ -242,7 +242,8 @@ class Worker:
         """The model `bare`, with a fresh adapter (`adapt`), or trained as a whole (`free`)."""
         if state != self.state:
             self.params, self.state, self.done = getattr(self.it, state)(self.folder), state, 0
-            self.opt = torch.optim.AdamW(self.params, lr=1e-3, weight_decay=0.0, fused=True) if self.params else None
+            how = dict(lr=1e-3, weight_decay=0.0, fused=True)
+            self.opt = torch.optim.AdamW(self.params, **how) if self.params else None
 
     @torch.no_grad()
     def forward(self, times):
