@@ -3,7 +3,7 @@
 The method, in the paper's order (arXiv 2512.23260; l a layer, i a feature):
     1. a_l(x) = f_enc(h_l(x))                 features of the residual stream   sae.JumpReLUSAE.encode
     2. E_aligned[a_l,i], E_unaligned[a_l,i]   mean activation over each set     contrast_means
-    3. Delta_l,i = |E_aligned - E_unaligned|  and the k largest                 score, top_features
+    3. Delta_l,i = |E_aligned - E_unaligned|  and the k largest                 score, top_features, strongest
     4. V_l = QR(PCA_tau(decoder rows))        orthonormal basis                 basis
     5. A = V^T or B = V, other factor 0       then fine-tune                    lora.init_sails, train.align
 
@@ -17,6 +17,7 @@ The theorem, as proved here (the full text was not at hand; its constants may di
             2. n samples find S with P >= 1 - 2 m exp(-n gamma^2 / 4 B^2)    selection_probability
             3. "an irreducible error floor": one direct direction has e >= sqrt(r - 1)  direct_floor
             4. r_s directions in place of r: e >= sqrt|r - r_s|, the price of tau < 1   truncation_floor
+            5. ours: by |t| a feature's scale is no matter, as in 2 with |Delta_i| / rms  t_probability
     "Direct identification" is estimation from h alone. Claim 3 counts directions: it holds with orthogonal
     neurons too, and PCA, which returns r of them, is not under it. "Semantic entanglement" as the reason why
     LoRA "underperforms" has no counterpart: below is what it does to PCA.
@@ -102,10 +103,15 @@ _score = score  # top_features has an argument of that name
 
 def top_features(mu_aligned, mu_unaligned, k, score="absolute"):
     """Indices (k,) of the highest scores, best first; of equal ones the lower index comes first."""
-    s = _score(mu_aligned, mu_unaligned, score)
-    if not 1 <= k <= len(s):
-        raise ValueError(f"k = {k}: there are {len(s)} features to choose from")
-    return s.sort(descending=True, stable=True).indices[:k]
+    return strongest(_score(mu_aligned, mu_unaligned, score), k)
+
+def strongest(values, k):
+    """Indices (k,) of the largest of values (N,), largest first; of equal ones the lower index comes first.
+    Of |t|, Delta over its standard error, it is a choice beyond the paper: |Delta| ranks by a feature's scale,
+    so that a strong unrelated one with a small relative tilt comes before a weak one of safety."""
+    if not 1 <= k <= len(values):
+        raise ValueError(f"k = {k}: there are {len(values)} features to choose from")
+    return values.sort(descending=True, stable=True).indices[:k]
 
 # ---- 4. decoder rows -> PCA -> QR -> V ----
 def basis(W_dec, features, tau=1.0, center=False):
@@ -173,6 +179,8 @@ def _choose(method, s, k, rule, drop, rng, layer):
     need(len(fired) >= k, f"layer {layer}: only {len(fired)} features fire on the two sets, --k asks for {k}")
     if method == "random-features":
         return fired[torch.randperm(len(fired), generator=rng)[:k]]
+    if rule == "t":
+        return fired[strongest(s["t"][fired].abs(), k)]
     return fired[top_features(s["mu_aligned"][fired], s["mu_unaligned"][fired], k, rule)]
 
 def top_eigenspace(C, r):
@@ -229,6 +237,20 @@ def selection_probability(n, gamma, B, m):
     (n terms of range 2 B / n)."""
     _positive(n=n, gamma=gamma, B=B, m=m)
     return max(0., 1 - 2 * m * math.exp(-n * gamma ** 2 / (4 * B ** 2)))
+
+def t_probability(n, gap, K, m):
+    """Claim 5: top r by |t| of n pairs is S with P >= 1 - 4 m exp(-n gap^2 / 38 K^2).
+    d_i is a pair's difference of activation i, R_i^2 = E d_i^2, mu_i = |Delta_i| / R_i, in [0, 1] and without
+    a scale. Assumes |d_i| <= K R_i, mu_i at least gap larger on S than off S, independent pairs. Proof. |t_i|
+    grows with |mean z_i| / sqrt(mean z_i^2), z_i = d_i / R_i. By Bernstein mean z_i is off by a = gap / 4 with
+    probability <= 2 exp(-n a^2 / 2 (1 + 2 K a / 3)), mean z_i^2, of variance <= K^2 and range K^2, off 1 by a
+    with <= 2 exp(-n a^2 / 2 K^2 (1 + a / 3)); as K >= 1 >= gap both are <= 2 exp(-n gap^2 / 38 K^2). Else with
+    mu the least on S the ratio is >= (mu - a) / sqrt(1 + a) on S and <= (mu - gap + a) / sqrt(1 - a) off S.
+    As sqrt(1 - a) >= 1 - a and sqrt(1 + a) <= 1 + a / 2, (mu - a) sqrt(1 - a) >= mu - gap / 2 >
+    (mu - gap + a) sqrt(1 + a). What it cannot do: tell a true difference of an unrelated concept from safety.
+    """
+    _positive(n=n, gap=gap, K=K, m=m)
+    return max(0., 1 - 4 * m * math.exp(-n * gap ** 2 / (38 * K ** 2)))
 
 def direct_floor(r):
     """Claim 3: one vector u, as the mean difference of hidden states is, has e >= sqrt(r - 1).

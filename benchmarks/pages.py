@@ -106,7 +106,7 @@ def words(s):
     """{choice, texts}: what this run's features are and where they are shown."""
     one, other, kind = SETS[s["contrast"]]
     means = f"E[a | {one}] &minus; E[a | {other}]"
-    rule = "|&Delta;|" if s["score"] == "absolute" else f"&Delta; / E[a | {other}]"
+    rule = dict(absolute="|&Delta;|", relative=f"&Delta; / E[a | {other}]", t="|t|")[s["score"]]
     choice = f"The SAE features that tell {one} from {other} {kind} best, by {rule}, best first"
     if s["method"] == "random-features":
         choice = f"SAE features drawn at random among those that fire on {one} or {other} {kind}"

@@ -21,8 +21,8 @@ import data
 import sails
 from benchmarks.pictures import svg_lines, svg_sheet
 from sae import train_sae
-from sails import (basis, direct_floor, projector_distance, sae_bound, selection_probability, top_eigenspace,
-                   top_features, truncation_floor)
+from sails import (basis, direct_floor, projector_distance, sae_bound, score, selection_probability, strongest,
+                   t_probability, top_eigenspace, top_features, truncation_floor)
 
 # ---- the model ----
 def superposition(seed, d=64, m=128, r=6, coherence=0., nuisances=3, strength=0., tilt=.01):
@@ -79,12 +79,14 @@ SEEDS, RANK = range(10, 15), 6  # the trained SAE's settings were chosen on seed
 EPS, STRENGTHS, PAIRS = (.01, .03, .1, .3, 1.), (0., .5, 1., 4., 16.), 10000
 BOUNDS = {"sae": "eps-close rows: e <= sqrt(2r) eps / sigma", "trained": "the same, a trained SAE's own eps",
           "selection": "selection fails: p <= 2m exp(-n gamma^2/4B^2)",
+          "t": "selection by |t|: p <= 4m exp(-n gap^2/38K^2)",
           "direct": "one direction: e >= sqrt(r-1)", "truncation": "r_s directions: e >= sqrt|r-r_s|"}
 FLOORS = ("direct", "truncation")  # the error is above these, below the others
 TITLES = {"eps": "SAE side: error against eps, the distance of the chosen decoder rows from the truth",
           "strength": "Error against entanglement: an unrelated concept, this much as strong, tilted to harm"}
 PCA, LIMIT, PERFECT = "PCA of differences", "  its limit, ever more pairs", "  its limit, perfect pairs"
 TRUE, TRAINED, NUISANCE = "true rows, top r", "SAE trained on them", "nuisance |Delta| / least on S"
+BY_T = ", by |t|"
 
 def measure_eps(seed, cells, checks):
     """Check claim 1 on rows planted eps off, at random and all one way; claim 4 on true rows."""
@@ -117,11 +119,12 @@ def measure_entanglement(seed, cells, checks):
         world = superposition(seed, strength=strength)
         (a, h), target = superposition_pairs(world, PAIRS, seed), world.W[world.safety].T  # target (D, r)
         d = h[0] - h[1]
-        V, eps, _ = trained_estimate(world, h, seed)
+        V, eps, _, by_t = trained_estimate(world, h, seed)
         found = {"mean difference": d.mean(0)[:, None], PCA: top_eigenspace(d.T @ d / len(d), RANK),
                  LIMIT: top_eigenspace(difference_moment(world), RANK),
                  PERFECT: top_eigenspace(difference_moment(world, 1.), RANK),
-                 TRUE: sae_estimate(a, world.W, RANK)[0], TRAINED: V}
+                 TRUE: sae_estimate(a, world.W, RANK)[0], TRUE + BY_T: sae_estimate(a, world.W, RANK, t_of)[0],
+                 TRAINED: V, TRAINED + BY_T: by_t}
         errors = {name: projector_distance(U, target) for name, U in found.items()}
         checks["direct"].append((errors["mean difference"], direct_floor(RANK)))
         checks["trained"].append((errors[TRAINED], sae_bound(eps, RANK, _sigma(target))))
@@ -129,20 +132,27 @@ def measure_entanglement(seed, cells, checks):
         for name, value in (errors | {NUISANCE: ratio}).items():
             cells["strength", name, strength].append(value)
 
-def sae_estimate(codes, W_dec, r):
+def sae_estimate(codes, W_dec, r, strength=lambda codes: score(*codes.mean(1))):
     """SAILS: codes (2, n, N) and decoder rows (N, D) -> basis (D, r), chosen features (r,)."""
-    features = top_features(*codes.mean(1), r)
+    features = strongest(strength(codes), r)
     return basis(W_dec, features), features
 
+def t_of(codes):
+    """|t| (N,) of codes (2, n, N): of the mean difference of pairs, over its standard error."""
+    d = codes[0] - codes[1]
+    return d.mean(0).abs() / (d.std(0).clamp(min=1e-12) / len(d) ** .5)
+
 def trained_estimate(world, h, seed, steps=400):
-    """SAILS with an SAE trained on h: basis (D, r), eps of its chosen rows, of its best rows.
+    """SAILS with an SAE trained on h: basis (D, r), eps of its chosen rows, of its best rows, basis by |t|.
     eps is how far the worst d_i of S is from the nearest row; where the two differ selection failed. The SAE
     is given the number of features, and about how many fire at a time."""
     sae = train_sae(h.flatten(0, 1).float(), len(world.W), 6, steps, batch=128, lr=1e-2, seed=seed)
     W_dec, target = sae.W_dec.double(), world.W[world.safety]
-    V, features = sae_estimate(sae.encode(h).double(), W_dec, len(target))
+    codes = sae.encode(h).double()
+    V, features = sae_estimate(codes, W_dec, len(target))
     away = (target[:, None] - W_dec).norm(dim=-1)  # (r, N)
-    return V, float(away[:, features].min(1).values.max()), float(away.min(1).values.max())
+    eps, best = float(away[:, features].min(1).values.max()), float(away.min(1).values.max())
+    return V, eps, best, sae_estimate(codes, W_dec, len(target), t_of)[0]
 
 def measure_selection(checks, trials=4000):
     """Claim 2 where activations are coins, 0 or 1, the widest spread there is."""
@@ -154,6 +164,22 @@ def measure_selection(checks, trials=4000):
         mu = torch.binomial(torch.full_like(p, n), p, generator=gen) / n  # (trials, 2, m)
         wrong = sum(set(top_features(*row, r).tolist()) != set(range(r)) for row in mu)
         checks["selection"].append((wrong / trials, 1 - selection_probability(n, gamma, 1, m)))
+
+def measure_t(checks, trials=4000):
+    """Claim 5 where a pair's differences are -c, 0 or c, at scales c that differ by up to 1,000."""
+    gen = stream(0, 8)
+    cases = (1, 2, 3000, .3), (2, 8, 5000, .3), (3, 40, 1500, .6), (2, 200, 30000, .15), (3, 40, 200, .3)
+    for r, m, n, gap in cases:  # of the last one the bound says nothing
+        moves = .5  # P(d != 0), so R = c / 2^.5 and K = 2^.5
+        up = torch.full((trials, m), moves / 2, dtype=torch.float64)
+        up[:, :r] += gap * moves ** .5 / 2  # mu = (2 up - moves) / moves^.5
+        plus = torch.binomial(torch.full_like(up, n), up, generator=gen)  # of n pairs
+        minus = torch.binomial(n - plus, (moves - up) / (1 - up), generator=gen)
+        scales = 10 ** (3 * torch.rand(m, generator=gen, dtype=torch.float64))
+        mean, square = scales * (plus - minus) / n, scales ** 2 * (plus + minus) / n
+        t = mean.abs() / ((square - mean ** 2) / (n - 1)).sqrt()  # (trials, m)
+        wrong = sum(set(strongest(row, r).tolist()) != set(range(r)) for row in t)
+        checks["t"].append((wrong / trials, 1 - t_probability(n, gap, moves ** -.5, m)))
 
 def _sigma(A):
     return float(torch.linalg.svdvals(A)[-1])
@@ -199,6 +225,7 @@ def check():
         measure_eps(seed, cells, checks)
         measure_entanglement(seed, cells, checks)
     measure_selection(checks)
+    measure_t(checks)
     for table in TITLES:
         print_table(cells, table)
     plain_words(cells)
@@ -258,7 +285,7 @@ def measure_pairs(seed, cells, checks):
     sigma = torch.linalg.svdvals(target)[-1].item()
     for n in SIZES:
         a, h = superposition_pairs(world, n, seed)
-        raw, (V, eps, best) = raw_estimates(h, RANK, seed), trained_estimate(world, h, seed)
+        raw, (V, eps, best, _) = raw_estimates(h, RANK, seed), trained_estimate(world, h, seed)
         found = {MEAN: raw[MEAN], PCA: raw[PCA], LIMIT: limit, **raw, TRUE: sae_estimate(a, world.W, RANK)[0]}
         rows = {name: projector_distance(U, target) for name, U in found.items()}
         rows |= {TRAINED: projector_distance(V, target), "  eps of its best rows": best,
@@ -354,6 +381,7 @@ def main():
         measure_faults(seed, cells)
     measure_draws(200, checks)
     measure_selection(checks)
+    measure_t(checks)
     TITLES.update(FURTHER)                             # print_table looks there
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         for table in TITLES:

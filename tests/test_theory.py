@@ -79,7 +79,8 @@ def test_sae_bound_is_reached_by_nearly_dependent_rows_that_all_err_one_way(r, s
     (sails.direct_floor, (6,), 5 ** .5), (sails.truncation_floor, (6, 6), 0),
     (sails.truncation_floor, (3, 7), 2), (sails.truncation_floor, (7, 3), 2),
     (sails.selection_probability, (5000, .3, 2, 100), 1 - 2 * 100 * math.exp(-5000 * .3 ** 2 / (4 * 2 ** 2))),
-    (sails.selection_probability, (10, .1, 1., 100), 0)])
+    (sails.selection_probability, (10, .1, 1., 100), 0), (sails.t_probability, (9, .5, 2, 3), 0),
+    (sails.t_probability, (9000, .5, 2, 3), 1 - 12 * math.exp(-9000 * .25 / (38 * 4)))])
 def test_bounds_have_the_values_of_their_formulas(f, args, value):
     assert f(*args) == pytest.approx(value, abs=1e-14)
 
@@ -88,6 +89,15 @@ def test_selection_fails_no_more_often_than_its_bound_and_more_often_than_withou
     theory.measure_selection(checks, trials=1500)
     assert all(rate <= bound for rate, bound in checks["selection"])
     assert 4 * math.exp(-6) < 1.3 * checks["selection"][0][0]      # r = 1 of m = 2 coins at n gamma^2 = 6
+
+def test_by_t_no_scale_of_an_unrelated_feature_hides_safety_and_by_delta_a_large_one_does():
+    d, gen = torch.zeros(2, 500, 40, dtype=f64), theory.stream(3)
+    d[0] = (torch.rand(500, 40, generator=gen) < .5).double() - .5
+    d[0, :, :3] += .4                                  # 0..2 differ; 39, a hundred times as large, hardly
+    d[0, :, 39] = 100 * (d[0, :, 39] + .05)
+    chosen = lambda *rule: set(theory.sae_estimate(d, torch.eye(40, dtype=f64), 3, *rule)[1].tolist())
+    assert chosen(theory.t_of) == {0, 1, 2}
+    assert 39 in chosen()
 
 @pytest.mark.parametrize("shared, noise, strength", [(.7, .2, .5), (1., 0., 3.)])
 def test_closed_form_moments_are_those_of_the_samples_and_raw_pca_tends_to_its_limit(shared, noise, strength):
@@ -160,12 +170,12 @@ def test_an_sae_trained_on_the_samples_is_within_the_bound_of_its_own_eps_over_f
     for seed in range(20, 25):
         world = theory.superposition(seed)
         _, h = theory.superposition_pairs(world, 2000, seed)
-        V, eps, best = theory.trained_estimate(world, h, seed)
+        V, eps, best, _ = theory.trained_estimate(world, h, seed)
         assert error(V, target(world)) <= min(.35, sails.sae_bound(eps, 6, sigma(target(world))))
         assert eps == best                             # all of S was chosen
-    _, eps, best = theory.trained_estimate(world, h[:, :60], seed)
+    _, eps, best, _ = theory.trained_estimate(world, h[:, :60], seed)
     assert eps > best                                  # too few pairs: other features come up
-    _, _, best = theory.trained_estimate(world, h, seed, steps=1)
+    _, _, best, _ = theory.trained_estimate(world, h, seed, steps=1)
     assert best > .8                                   # it is the training that finds them
 
 @pytest.fixture
@@ -174,7 +184,8 @@ def small(monkeypatch):
     quick = dict(SIZES=(100, 300), SEEDS=range(10, 12), PAIRS=300, STRENGTHS=(0., 4.),
                  TITLES=dict(theory.TITLES),
                  trained_estimate=functools.partial(theory.trained_estimate, steps=5),
-                 measure_selection=functools.partial(theory.measure_selection, trials=300))
+                 measure_selection=functools.partial(theory.measure_selection, trials=300),
+                 measure_t=functools.partial(theory.measure_t, trials=300))
     for name, value in quick.items():
         monkeypatch.setattr(theory, name, value)
 
@@ -182,7 +193,8 @@ def small(monkeypatch):
     ("sae_bound", lambda eps, r, sigma: r ** .5 * eps / sigma), ("direct_floor", lambda r: r ** .5),
     ("sae_bound", lambda eps, r, sigma: (2 * r) ** .5 * eps), ("selection_probability", lambda *_: 1 - 1e-4),
     ("truncation_floor", lambda r, r_s: (r + r_s) ** .5),
-    ("trained_estimate", lambda world, h, seed: (world.W[:6].T, 1e-3, 1e-3))])
+    ("t_probability", lambda *_: 1 - 1e-4),
+    ("trained_estimate", lambda world, h, seed: (world.W[:6].T, 1e-3, 1e-3, world.W[:6].T))])
 def test_a_wrong_bound_is_called_violated_and_the_exit_code_is_one(small, name, wrong, monkeypatch):
     monkeypatch.setattr(theory, name, wrong)
     code, said, _ = go([], sails.main)
