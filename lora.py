@@ -297,27 +297,8 @@ def load_state(path, params, opt):
     return int(step)
 
 def main():
-    ap = data.Arguments(description="Show what an adapter holds, or merge it into its base.")
-    ap.add_argument("run", type=Path, help="a folder with adapter_model.safetensors and adapter_config.json")
-    ap.add_argument("--merge", metavar="OUT", type=Path, help="write base and adapter as one model there")
-    ap.add_argument("--model", help="the base (as adapter_config.json says)")
-    ap.add_argument("--dtype", choices=model_gemma.DTYPES, help="of the merged weights (the base's)")
-    args = ap.parse_args()
-    ap.refuse_unread((args.merge, "--merge", "model dtype"))
-    if args.merge:
-        from benchmarks import merged  # a folder for the hub: no part of the reading
-        return merged.save_merged(args.run, args.merge, args.model, args.dtype)
-    c, tensors = read_adapter(args.run)
-    base, count = c.get("base_model_name_or_path"), sum(t.numel() for t in tensors.values())
-    print(f"rank {c['r']}, alpha {c['lora_alpha']}, on {base!r}; {count:,} parameters")
-    for name in sorted((n for n in tensors if ".lora_A." in n), key=lambda n: (len(n), n)):
-        A, B = tensors[name], tensors[name.replace(".lora_A.", ".lora_B.")]
-        size = c["lora_alpha"] / c["r"] ** (.5 if c.get("use_rslora") else 1) * (B @ A).norm()
-        short = name.removeprefix("base_model.model.model.").removesuffix(".lora_A.weight")
-        print(f"{short:32s} |dW| {size:9.4f}   |A| {A.norm():8.4f}   |B| {B.norm():8.4f}")
-    if (args.run / "sails.json").is_file():
-        for key, value in data.read_json(args.run / "sails.json", method=str, drifts=(list, None)).items():
-            print(" ".join(f"{key}: {value if key != 'drifts' else 'a row an adapter'}".split()))
+    from benchmarks import merged  # what is shown, or made for the hub, is no part of the reading
+    merged.main()
 
 if __name__ == "__main__":
     data.run_main(main)

@@ -1,4 +1,4 @@
-"""merged.py - `python lora.py RUN --merge OUT`: base and adapter as one model, ready for the hub."""
+"""merged.py - `python lora.py RUN` shows an adapter; --merge OUT makes it and its base one, for the hub."""
 import re
 import shutil
 import sys
@@ -10,6 +10,33 @@ import data
 import lora
 import model_gemma
 from data import need
+
+def main():
+    ap = data.Arguments(description="Show what an adapter holds, or merge it into its base.")
+    ap.add_argument("run", type=Path, help="a folder with adapter_model.safetensors and adapter_config.json")
+    ap.add_argument("--merge", metavar="OUT", type=Path, help="write base and adapter as one model there")
+    ap.add_argument("--model", help="the base (as adapter_config.json says)")
+    ap.add_argument("--dtype", choices=model_gemma.DTYPES, help="of the merged weights (the base's)")
+    args = ap.parse_args()
+    ap.refuse_unread((args.merge, "--merge", "model dtype"))
+    if args.merge:
+        save_merged(args.run, args.merge, args.model, args.dtype)
+    else:
+        show(args.run)
+
+def show(run):
+    """Print an adapter: a line a layer, Frobenius norms of its change dW (out, in) and of A and B."""
+    c, tensors = lora.read_adapter(run)
+    base, count = c.get("base_model_name_or_path"), sum(t.numel() for t in tensors.values())
+    print(f"rank {c['r']}, alpha {c['lora_alpha']}, on {base!r}; {count:,} parameters")
+    for name in sorted((n for n in tensors if ".lora_A." in n), key=lambda n: (len(n), n)):
+        A, B = tensors[name], tensors[name.replace(".lora_A.", ".lora_B.")]
+        size = c["lora_alpha"] / c["r"] ** (.5 if c.get("use_rslora") else 1) * (B @ A).norm()
+        short = name.removeprefix("base_model.model.model.").removesuffix(".lora_A.weight")
+        print(f"{short:32s} |dW| {size:9.4f}   |A| {A.norm():8.4f}   |B| {B.norm():8.4f}")
+    if (run / "sails.json").is_file():
+        for key, value in data.read_json(run / "sails.json", method=str, drifts=(list, None)).items():
+            print(" ".join(f"{key}: {value if key != 'drifts' else 'a row an adapter'}".split()))
 
 def save_merged(run, out, base=None, dtype=None, shard_bytes=5 * 10 ** 9):
     """Write base and adapter as one model in the hub's layout, with tokenizer and model card."""

@@ -23,7 +23,7 @@ TESTS = {
     "sails.py": "subspace contrast theory walk", "eval.py": "eval judges table",
     "train.py": "objectives table train", "benchmarks/tiny_world.py": "tiny_world",
     "benchmarks/study.py": "studies", "benchmarks/pages.py": "report", "benchmarks/gcg.py": "attack",
-    "benchmarks/explain.py": "explain"}
+    "benchmarks/explain.py": "explain", "benchmarks/asking.py": "judges"}
 SLOW = ("batch[rank::machines]", "fcntl.LOCK_EX | fcntl.LOCK_NB", "while os.getppid() == pid:",
         "came.append(number)")  # need the tests marked slow
 

@@ -9,7 +9,7 @@ import data
 import eval as ev
 import lora
 import model_gemma
-from benchmarks import compare
+from benchmarks import asking, compare
 from benchmarks.tiny_world import REFUSAL, tiny_world
 from conftest import TOP, go, random_gemma, stir
 
@@ -96,7 +96,7 @@ def play(folder, script, monkeypatch, names=("refusal",), judge=dict(name="mock"
         scores[ASKS[i]] = f"#thescore: {score}"
     monkeypatch.setattr(model_gemma, "generate", lambda model, ids, *rest: [answers[tuple(x)] for x in ids])
     said = lambda judge, messages, stop: scores[json.loads(messages[1]["content"])["request"]]
-    monkeypatch.setattr(ev, "ask_judge", said)
+    monkeypatch.setattr(asking, "ask_judge", said)
     rows = ev.respond("scripted", TOK, asked, folder / "responses.jsonl", "tiny", batch_size=3)
     return ev.tabulate(rows, ev.judge_all(rows, asked, names, judge, folder / "verdicts.jsonl"))
 
