@@ -3,7 +3,7 @@
 The method, in the paper's order (arXiv 2512.23260; l a layer, i a feature):
     1. a_l(x) = f_enc(h_l(x))                 features of the residual stream   sae.JumpReLUSAE.encode
     2. E_aligned[a_l,i], E_unaligned[a_l,i]   mean activation over each set     contrast_means
-    3. Delta_l,i = |E_aligned - E_unaligned|  and the k largest                 score, top_features, strongest
+    3. Delta_l,i = |E_aligned - E_unaligned|  and the k largest                 top_features, strongest
     4. V_l = QR(PCA_tau(decoder rows))        orthonormal basis                 basis
     5. A = V^T or B = V, other factor 0       then fine-tune                    lora.init_sails, train.align
 
@@ -106,9 +106,9 @@ def top_features(mu_aligned, mu_unaligned, k, score="absolute"):
     return strongest(_score(mu_aligned, mu_unaligned, score), k)
 
 def strongest(values, k):
-    """Indices (k,) of the largest of values (N,), largest first; of equal ones the lower index comes first.
-    Of |t|, Delta over its standard error, it is a choice beyond the paper: |Delta| ranks by a feature's scale,
-    so that a strong unrelated one with a small relative tilt comes before a weak one of safety."""
+    """Indices (k,) of the largest of values (N,), largest first, of equal ones the lower first.
+    Of |t|, Delta over its standard error, that is a choice beyond the paper: |Delta| ranks by scale, so a
+    strong unrelated feature with a small relative tilt comes before a weak one of safety."""
     if not 1 <= k <= len(values):
         raise ValueError(f"k = {k}: there are {len(values)} features to choose from")
     return values.sort(descending=True, stable=True).indices[:k]
@@ -240,15 +240,14 @@ def selection_probability(n, gamma, B, m):
 
 def t_probability(n, gap, K, m):
     """Claim 5: top r by |t| of n pairs is S with P >= 1 - 4 m exp(-n gap^2 / 38 K^2).
-    d_i is a pair's difference of activation i, R_i^2 = E d_i^2, mu_i = |Delta_i| / R_i, in [0, 1] and without
-    a scale. Assumes |d_i| <= K R_i, mu_i at least gap larger on S than off S, independent pairs. Proof. |t_i|
-    grows with |mean z_i| / sqrt(mean z_i^2), z_i = d_i / R_i. By Bernstein mean z_i is off by a = gap / 4 with
-    probability <= 2 exp(-n a^2 / 2 (1 + 2 K a / 3)), mean z_i^2, of variance <= K^2 and range K^2, off 1 by a
-    with <= 2 exp(-n a^2 / 2 K^2 (1 + a / 3)); as K >= 1 >= gap both are <= 2 exp(-n gap^2 / 38 K^2). Else with
-    mu the least on S the ratio is >= (mu - a) / sqrt(1 + a) on S and <= (mu - gap + a) / sqrt(1 - a) off S.
-    As sqrt(1 - a) >= 1 - a and sqrt(1 + a) <= 1 + a / 2, (mu - a) sqrt(1 - a) >= mu - gap / 2 >
-    (mu - gap + a) sqrt(1 + a). What it cannot do: tell a true difference of an unrelated concept from safety.
-    """
+    d_i is a pair's difference of activation i, R_i^2 = E d_i^2; mu_i = |Delta_i| / R_i <= 1 has no scale.
+    Assumes |d_i| <= K R_i, mu_i at least gap larger on S than off S, independent pairs. Proof. |t_i| grows
+    with |mean z_i| / sqrt(mean z_i^2), z_i = d_i / R_i. By Bernstein mean z_i is off by a = gap / 4 with
+    probability <= 2 exp(-n a^2 / 2 (1 + 2 K a / 3)), mean z_i^2, of variance <= K^2 and range K^2, off 1 by
+    a with <= 2 exp(-n a^2 / 2 K^2 (1 + a / 3)); as K >= 1 >= gap both are <= 2 exp(-n gap^2 / 38 K^2). Else,
+    mu the least on S, the ratio is >= (mu - a) / sqrt(1 + a) on S, <= (mu - gap + a) / sqrt(1 - a) off S. As
+    sqrt(1 - a) >= 1 - a and sqrt(1 + a) <= 1 + a / 2, (mu - a) sqrt(1 - a) >= mu - gap / 2 >
+    (mu - gap + a) sqrt(1 + a). It cannot tell an unrelated concept's true difference from safety's."""
     _positive(n=n, gap=gap, K=K, m=m)
     return max(0., 1 - 4 * m * math.exp(-n * gap ** 2 / (38 * K ** 2)))
 

@@ -21,8 +21,8 @@ import data
 import sails
 from benchmarks.pictures import svg_lines, svg_sheet
 from sae import train_sae
-from sails import (basis, direct_floor, projector_distance, sae_bound, score, selection_probability, strongest,
-                   t_probability, top_eigenspace, top_features, truncation_floor)
+from sails import (basis, direct_floor, projector_distance, sae_bound, score, selection_probability,
+                   strongest, t_probability, top_eigenspace, top_features, truncation_floor)
 
 # ---- the model ----
 def superposition(seed, d=64, m=128, r=6, coherence=0., nuisances=3, strength=0., tilt=.01):
@@ -120,11 +120,11 @@ def measure_entanglement(seed, cells, checks):
         (a, h), target = superposition_pairs(world, PAIRS, seed), world.W[world.safety].T  # target (D, r)
         d = h[0] - h[1]
         V, eps, _, by_t = trained_estimate(world, h, seed)
+        true, true_t = (sae_estimate(a, world.W, RANK, *rule)[0] for rule in ((), (t_of,)))
         found = {"mean difference": d.mean(0)[:, None], PCA: top_eigenspace(d.T @ d / len(d), RANK),
                  LIMIT: top_eigenspace(difference_moment(world), RANK),
                  PERFECT: top_eigenspace(difference_moment(world, 1.), RANK),
-                 TRUE: sae_estimate(a, world.W, RANK)[0], TRUE + BY_T: sae_estimate(a, world.W, RANK, t_of)[0],
-                 TRAINED: V, TRAINED + BY_T: by_t}
+                 TRUE: true, TRUE + BY_T: true_t, TRAINED: V, TRAINED + BY_T: by_t}
         errors = {name: projector_distance(U, target) for name, U in found.items()}
         checks["direct"].append((errors["mean difference"], direct_floor(RANK)))
         checks["trained"].append((errors[TRAINED], sae_bound(eps, RANK, _sigma(target))))

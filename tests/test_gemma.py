@@ -160,6 +160,33 @@ def test_the_norms_gradients_by_hand_equal_autograds():
     for a, b in zip(*(torch.autograd.grad(y, (x, norm.weight), g) for y in (norm(x), plain))):
         near(a, b, 1e-5, 1e-5)
 
+@pytest.mark.parametrize("cap", [None, 5.])
+def test_attentions_gradients_by_hand_equal_autograds(cap):
+    gen = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 5, 6, generator=gen) for heads in (4, 2, 2))
+    q, k, v = (t.mul_(3).requires_grad_() for t in (q, k, v))
+    see = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
+
+    def plain(q, k, v):
+        scores = model_gemma.softcap(.5 * q @ k.repeat_interleave(2, 1).transpose(2, 3), cap)
+        return scores.masked_fill(~see, -1e30).softmax(-1) @ v.repeat_interleave(2, 1)
+    mask = model_gemma.additive(see, torch.float32)
+    both = [f(q, k, v) for f in (plain, lambda *x: model_gemma._Attend.apply(*x, mask, .5, cap))]
+    near(*both, 1e-5)
+    for one, other in zip(*(torch.autograd.grad(out.square().sum(), (q, k, v)) for out in both)):
+        near(one, other, 1e-3)
+
+def test_the_gates_gradients_by_hand_equal_autograds():
+    gate, up = torch.randn(2, 3, 5, requires_grad=True).unbind()
+    both = F.gelu(gate, approximate="tanh") * up, model_gemma._Gated.apply(gate, up)
+    for one, other in zip(*(torch.autograd.grad(out.square().sum(), (gate, up)) for out in both)):
+        near(one, other, 1e-5)
+
+def test_few_rows_multiplied_from_the_other_side_give_the_same_product():
+    x, W = torch.randn(8, 1, 32), torch.randn(24, 32)
+    with torch.no_grad():
+        near(model_gemma.product(x, W), F.linear(x, W), 1e-4)
+
 def test_reply_nll_scores_the_masked_tokens_and_only_those():
     model, rows = tiny(), [([2, 5, 6, 7, 8], [0, 0, 0, 1, 1]), ([2, 9, 10], [0, 1, 0])]
     nll, row = model.reply_nll(rows)

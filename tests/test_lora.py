@@ -72,6 +72,14 @@ def test_unknown_targets_layers_and_ranks_are_refused(model, targets, r, layers)
         lora.attach(model, targets, r, 8, layers)
     assert not lora.adapters(model)
 
+def test_an_adapters_gradients_by_hand_equal_autograds():
+    m = lora.LoRALinear(torch.nn.Linear(6, 5, bias=False).requires_grad_(False), "q", 0, 3, 7.)
+    stir(m, .5)
+    x = torch.randn(2, 4, 6, requires_grad=True)
+    plain = m.linear(x) + m.scale * x @ m.A.T @ m.B.T
+    for one, other in zip(*(torch.autograd.grad(y.square().sum(), (x, m.A, m.B)) for y in (plain, m(x)))):
+        assert torch.allclose(one, other, atol=1e-3, rtol=1e-4)
+
 @torch.no_grad()
 @pytest.mark.parametrize("aware, shut", [(True, []), (True, [3, 11]), (False, [])])
 def test_norm_aware_factors_hold_exactly_the_residual_direction_less_what_the_norm_shuts(model, aware, shut):
