@@ -23,6 +23,7 @@ import threading
 import time
 import zlib
 from collections import Counter
+from datetime import timedelta
 from multiprocessing import parent_process
 from pathlib import Path
 
@@ -112,14 +113,15 @@ def run_main(main):
     try:
         code = main()
     except (UserError, OSError, UnicodeError, MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and not re.search("allocate memory|out of memory", str(e)):
+        why = " ".join(str(e).split())[:2000] or "out of memory"
+        if dist.is_initialized() and (isinstance(e, dist.DistError) or re.search("gloo|Connection ", why)):
+            why = GONE
+        elif isinstance(e, RuntimeError) and not re.search("allocate memory|out of memory", why):
             raise
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(1)  # what rank 0 refuses too ends this process first: one line, not one a rank
-        note(f"error: {' '.join(str(e).split())[:2000] or 'out of memory'}")
+        last_word(f"error: {why}", code)
     except KeyboardInterrupt as e:
-        note("stopped; the same command (a single run: with --resume) goes on from what was saved")
         code = 128 + (*e.args, signal.SIGINT)[0]
+        last_word("stopped; the same command (a single run: with --resume) goes on from what was saved", code)
     sys.exit(code)
 
 def note(line):
@@ -171,15 +173,6 @@ def patience():
     if came:
         raise KeyboardInterrupt(came[0])
 
-def lead():
-    """True in the process that prints and writes: the only one, or rank 0."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-def together():
-    """Wait for all processes."""
-    if dist.is_initialized():
-        dist.barrier()
-
 def say(*lines):
     """Print lines, once for all processes."""
     if lead():
@@ -195,6 +188,69 @@ def follow_parent():
             time.sleep(.1)
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
+
+# ---- helpers: torchrun's processes, the ranks ----
+# All go through the same calls in the same order; what they print and write, rank 0 alone prints and writes
+GONE = "another process of this torchrun is gone; the same command (a single run: with --resume) goes on"
+
+def join(device):
+    """Become one of torchrun's ranks; this rank's device.
+    Rank 0 works alone now and then, so calls may wait for a day; a lost connection is an error at once."""
+    follow_parent()
+    if device.startswith("cuda"):
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))
+    return device
+
+def last_word(line, code):
+    """Print why all ends, once for all ranks; a rank ends here, for others may never answer it."""
+    told, env = 0, os.environ
+    if "RANK" in env:
+        on_signals(lambda number, frame: os._exit(code))  # torchrun ends who is still here
+    if dist.is_initialized():
+        at, life = (env["MASTER_ADDR"], int(env["MASTER_PORT"])), env.get("TORCHELASTIC_RESTART_COUNT")
+        with contextlib.suppress(RuntimeError):  # torchrun's store may be gone with its machine
+            told = dist.TCPStore(*at, is_master=False, timeout=timedelta(seconds=9)).add(f"said {life}", 1)
+    elif env.get("RANK", "0") != "0":
+        time.sleep(1)  # what rank 0 refuses too ends this process first
+    if told < 2:
+        note(line)
+    if dist.is_initialized():
+        os._exit(code)
+
+def ranks():
+    """(this process's rank, how many there are): (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+def lead():
+    """True in the process that prints and writes: the only one, or rank 0."""
+    return ranks()[0] == 0
+
+def together():
+    """Wait for all ranks."""
+    gather(None)
+
+def gather(value):
+    """Every rank's value, in their order."""
+    values = [value] * ranks()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+def add_up(*tensors):
+    """Add tensors up over ranks, in place."""
+    for t in tensors if ranks()[1] > 1 else ():
+        dist.all_reduce(t)
+
+def share(items, desc):
+    """Yield (item, whether it counts) of this rank's share of the work, with a bar.
+    All get as many, because a sharded model answers only when all ask: some work counts elsewhere."""
+    (rank, n), last = ranks(), len(items)
+    quiet = None if lead() and last > 10 else True
+    for i in progress(range(rank, -(-last // n) * n, n), desc=desc, disable=quiet):
+        yield items[i % last], i < last
 
 # ---- helpers: files ----
 @contextlib.contextmanager
@@ -241,9 +297,10 @@ def replacing(path):
             beside.unlink(missing_ok=True)
 
 def write_text(path, text):
-    """Write a UTF-8 file."""
-    with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    """Write a UTF-8 file, once for all processes."""
+    if lead():
+        with replacing(path) as beside:
+            beside.write_text(text, encoding="utf-8")
 
 def _json(value, path, **more):
     with expecting(f"{path}: not written, a number is not finite", ValueError):
@@ -258,7 +315,9 @@ def write_rows(path, rows):
     write_text(path, "".join(_json(r, path) for r in rows))
 
 def append_rows(path, rows):
-    """Add lines to a JSONL file, on the disk when this returns."""
+    """Add lines to a JSONL file, once for all processes, on the disk when this returns."""
+    if not lead():
+        return
     with expecting(f"cannot write {path}", OSError), open(path, "ab") as f:
         f.write("".join(_json(r, path) for r in rows).encode())
         f.flush()

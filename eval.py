@@ -25,7 +25,8 @@ from data import need
 def respond(model, tok, prompts, path, template, max_new=256, batch_size=16, temperature=0.0, seed=0):
     """Replies to prompts, in their order; those that responses.jsonl at `path` lacks are made.
     prompts as data.read_prompts gives them; model None: every reply must exist."""
-    old = [row for _, row in data.read_rows(path, growing=True, **RESPONSES)]
+    old = [row for _, row in data.read_rows(path, growing=True, **RESPONSES)] if data.lead() else []
+    old = data.gather(old)[0]
     done = {row["id"]: row for row in old}
     need(len(done) == len(old), f"{path} answers a prompt twice; did two runs write it? Use another --out")
     for p in prompts:
@@ -37,24 +38,26 @@ def respond(model, tok, prompts, path, template, max_new=256, batch_size=16, tem
         data.note_forged(prompts, template)
         ids = [data.render_chat(tok, p["turns"], None, template)[0] for p in prompts]
         stop = data.stop_ids(tok, template)
+        # cut as if no reply existed: a resumed run pads as an undisturbed one
+        batches = data.length_batches(list(map(len, ids)), batch_size)
+        todo = [[i for i in batch if prompts[i]["id"] not in done] for batch in batches]
         data.write_rows(path, old)  # without the half line that a kill may have left
-        with data.progress(total=len(ids), initial=len(ids) - missing, desc="replies", disable=None) as bar:
-            # cut as if no reply existed: a resumed run pads as an undisturbed one
-            for batch in data.length_batches(list(map(len, ids)), batch_size):
-                todo = [i for i in batch if prompts[i]["id"] not in done]
-                if todo:
-                    seeds = [seed * 1_000_003 + i for i in todo]
-                    texts = [ids[i] for i in todo]
-                    new = model_gemma.generate(model, texts, max_new, stop, temperature, seeds)
-                    rows = [_response(tok, prompts[i], y, stop) for i, y in zip(todo, new)]
-                    data.append_rows(path, rows)
-                    done |= {r["id"]: r for r in rows}
-                    bar.update(len(rows))
+        for batch, new in generated(model, ids, [*filter(None, todo)], max_new, stop, temperature, seed):
+            rows = [_response(tok, prompts[i], y, stop) for i, y in zip(batch, new)]
+            data.append_rows(path, rows)
+            done |= {r["id"]: r for r in rows}
     rows = [done.pop(p["id"]) for p in prompts]  # set, label, what is expected: as the prompts now say
     rows = [r | dict(set=p["set"], label=p["label"], as_expected=_begins(r["reply"], p["expected"]))
             for r, p in zip(rows, prompts)]
     data.write_rows(path, rows + list(done.values()))  # replies that are not asked for this time are kept
     return rows
+
+def generated(model, ids, batches, max_new, stop, temperature=0.0, seed=0):
+    """Yield (batch, its replies) for batches of indices into ids; each rank makes one at a time."""
+    for batch, counts in data.share(batches, "replies"):
+        seeds = [seed * 1_000_003 + i for i in batch]
+        new = model_gemma.generate(model, [ids[i] for i in batch], max_new, stop, temperature, seeds)
+        yield from data.gather((batch, new) if counts else ([], []))
 
 RESPONSES = dict.fromkeys(("id", "prompt_sha256", "set", "reply"), str) | dict(
     label=("harmful", "benign", None), finish=("stop", "length"), as_expected=(bool, None), tokens=int)
@@ -78,8 +81,8 @@ def prompt_hash(prompt):
 def glance(model, tok, prompts, template, max_new, batch_size):
     """{"safety rate", "over-refusal"} of replies by the phrase judge; nothing is kept."""
     ids, refusals = [data.render_chat(tok, p["turns"], None, template)[0] for p in prompts], {}
-    for batch in data.length_batches(list(map(len, ids)), batch_size):
-        new = model_gemma.generate(model, [ids[i] for i in batch], max_new, data.stop_ids(tok, template))
+    batches = data.length_batches(list(map(len, ids)), batch_size)
+    for batch, new in generated(model, ids, batches, max_new, data.stop_ids(tok, template)):
         for i, y in zip(batch, new):
             name = "over-refusal" if prompts[i]["label"] == "benign" else "safety rate"
             refusals.setdefault(name, []).append(starts_with_refusal(tok.decode(y)))
@@ -273,13 +276,13 @@ def sequence_logprobs(model, texts):
 @torch.no_grad()
 def logprobs(model, texts, batch_size, desc):
     """sequence_logprobs of many texts, as two arrays in their order."""
-    total, count = np.zeros(len(texts)), np.zeros(len(texts), int)
-    with data.progress(total=len(texts), desc=desc, disable=None) as bar:
-        for batch in data.length_batches([len(ids) for ids, _ in texts], batch_size):
-            lp, n = sequence_logprobs(model, [texts[i] for i in batch])
-            total[batch], count[batch] = lp.cpu(), n.cpu()
-            bar.update(len(batch))
-    return total, count
+    total, count = torch.zeros(2, len(texts), dtype=torch.float64)
+    for batch, counts in data.share(data.length_batches([len(ids) for ids, _ in texts], batch_size), desc):
+        lp, n = sequence_logprobs(model, [texts[i] for i in batch])
+        if counts:
+            total[batch], count[batch] = lp.double().cpu(), n.double().cpu()
+    data.add_up(total, count)
+    return total.numpy(), count.numpy()
 
 def held_out(model, rows, batch_size=16, path=None):
     """{measure: dict n, value}: NLL of pairs' chosen replies, and how often they are preferred.
@@ -303,14 +306,16 @@ def held_out(model, rows, batch_size=16, path=None):
 @torch.no_grad()
 def knowledge(model, texts, batch_size=256):
     """Share of texts (ids, mask), see data.read_cloze, whose masked tokens are all the argmax."""
-    right = []
-    for at in range(0, len(texts), batch_size):
+    right = torch.zeros(len(texts))
+    for at, counts in data.share(range(0, len(texts), batch_size), "knowledge"):
         part = texts[at:at + batch_size]
         ids, keep = (t.to(model.device) for t in data.pad([ids for ids, _ in part]))
         want = data.pad([mask for _, mask in part])[0].to(model.device)[:, 1:].bool()  # (B, T-1)
         h, _ = model.hidden(ids[:, :-1], keep[:, :-1], want=want)  # position t - 1 predicts token t
         wrong = want.nonzero()[:, 0][model.logits(h).argmax(-1) != ids[:, 1:][want]]
-        right += (torch.bincount(wrong, minlength=len(part)) == 0).tolist()
+        if counts:
+            right[at:at + len(part)] = (torch.bincount(wrong, minlength=len(part)) == 0).cpu()
+    data.add_up(right)
     return {"knowledge": dict(n=len(right), value=interval(right))}
 
 def kl_sums(model, base, texts):

@@ -272,7 +272,8 @@ def load_adapter(model, folder):
         p.data.copy_(tensors[name])
 
 def save_state(path, params, opt, step):
-    """Write a checkpoint: trained tensors [(name, parameter)], Adam's moments and the step."""
+    """Write a checkpoint: trained tensors [(name, parameter)], Adam's moments and the step.
+    They are whole, whatever ranks hold: it loads on another number of them."""
     tensors = {"p." + name: p for name, p in params}
     for key, moment in (("m.", "exp_avg"), ("v.", "exp_avg_sq")):
         tensors |= {key + name: opt.state[p][moment] for name, p in params}
@@ -288,12 +289,19 @@ def load_state(path, params, opt):
     with safe_open(path, "pt") as f:
         step = (f.metadata() or {}).get("step", "")
     need(step.isdecimal() and len(step) < 10, f"{path}: has no step, so is not a checkpoint")
-    saved = dict(model_gemma.read_tensors(path))
-    for name, p in params:
-        p.copy_(saved["p." + name])
-        m, v = (saved[x + name].to(p.device) for x in ("m.", "v."))
-        need(bool((v >= 0).all()), f"{path}: v.{name} is a mean of squares, but below 0")
-        opt.state[p] = dict(exp_avg=m, exp_avg_sq=v, step=torch.tensor(float(step), device=p.device))
+    named, moments = dict(params), dict(m="exp_avg", v="exp_avg_sq")
+    for key, t in model_gemma.read_tensors(path):
+        kind, _, name = key.partition(".")
+        need(kind != "v" or bool((t >= 0).all()), f"{path}: {key} is a mean of squares, but below 0")
+        p = named[name]
+        t = t.to(p.device)
+        if hasattr(p, "device_mesh"):  # sharded. Each rank has read the whole: nothing is sent
+            from torch.distributed.tensor import distribute_tensor  # a second to import
+            t = distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None)
+        if kind == "p":
+            p.copy_(t)
+        else:
+            opt.state[p] |= {moments[kind]: t, "step": torch.tensor(float(step), device=p.device)}
     return int(step)
 
 def main():

@@ -295,6 +295,7 @@ class Gemma(nn.Module):
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layers))
         self.norm = RMSNorm(c.d_model, c.eps)
         self.checkpointing = False  # recompute blocks in the backward pass: a third more time
+        self.sharded = False  # see shard_model
 
     device = property(lambda self: self.embed_tokens.weight.device)
     dtype = property(lambda self: self.embed_tokens.weight.dtype)
@@ -416,11 +417,44 @@ class _ChunkedNLL(torch.autograd.Function):
             grad_table = d.T @ h[rows] if grad_table is None else grad_table.addmm_(d.T, h[rows])
         return grad_h, grad_table, None, None, None
 
+# ---- one model on many devices ----
+def shard_model(model, device):
+    """A model on the CPU -> a part of each tensor on each rank's device (FSDP2).
+    A block is gathered where it is used; embedding and final norm, if they train, for the rest of a step: the
+    head reads them after hidden(). What is frozen and read in other places stays whole: gains, and the
+    embedding (1.8 GB in the 9B). Gradients are added up over ranks, as losses are."""
+    from torch.distributed.device_mesh import init_device_mesh  # a second to import, so not at every start
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    mesh = init_device_mesh(torch.device(device).type, (data.ranks()[1],))
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    stay = {p for p in frozen if p.dim() == 1 or p is model.embed_tokens.weight}
+    for part in (*model.layers, model):
+        block = part is not model
+        fully_shard(part.to(device), mesh=mesh, ignored_params=stay, reshard_after_forward=block)
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    register_fsdp_forward_method(model, "hidden")
+    model.sharded = True
+    return model
+
+def same_bits(tensors, what):
+    """UserError unless all ranks hold the same; bits are added up, which is exact anywhere."""
+    if data.ranks()[1] > 1:
+        kinds = {4: torch.int32, 2: torch.int16}
+        sums = str([int(t.view(kinds[t.element_size()]).sum()) for t in tensors])
+        same = len({*data.gather(sums)}) == 1
+        need(same, f"{what}: not every process holds the same weights; do their machines' files differ?")
+
+def whole(tensor):
+    """A tensor as it is, a sharded one gathered: all ranks call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
 # ---- loading and saving ----
-def load_gemma(spec, dtype=torch.float32, device="cpu"):
-    """A Gemma, frozen, from a folder in the hub's layout or from a hub id.
+def load_gemma(spec, dtype=torch.float32, device="cpu", cut=None):
+    """A Gemma, frozen, from a folder in the hub's layout or a hub id; the same on all ranks.
     Built on the meta device and filled one tensor at a time, each read straight to its dtype and device. A
-    missing, an extra or a misshapen tensor is a UserError, never a silent default."""
+    missing, an extra or a misshapen tensor is a UserError, never a silent default.
+    cut: "frozen" or "trained", for shard_model. Each rank then reads all into its machine's RAM first."""
     config, (folder, shards) = load_config(spec), weight_files(spec)
     with torch.device("meta"):
         model = Gemma(config)
@@ -436,12 +470,14 @@ def load_gemma(spec, dtype=torch.float32, device="cpu"):
     tensors = {}
     for shard in data.progress(shards, desc="weights", disable=None if len(shards) > 1 else True):
         for name, t in read_tensors(folder / shard):
-            tensors[name.removeprefix("model.")] = t.to(device=device, dtype=dtype)
+            tensors[name.removeprefix("model.")] = t.to(device="cpu" if cut else device, dtype=dtype)
     head = tensors.pop("lm_head.weight", tensors["embed_tokens.weight"])
     tied = torch.equal(head, tensors["embed_tokens.weight"])
     need(tied, f"{folder}: lm_head.weight differs from the embedding; Gemma's head is tied")
     model.load_state_dict(tensors, assign=True)
-    return model.requires_grad_(False)
+    same_bits(tensors.values(), folder)
+    model.requires_grad_(cut == "trained")
+    return shard_model(model, device) if cut else model
 
 def _published(model):
     return {"model." + name: p.shape for name, p in model.named_parameters()}
@@ -492,21 +528,29 @@ def check_shapes(path, found, want, advice):
         need(have == wanted, f"{path}: tensor {name}: here {have}, wanted {wanted}; {advice}")
 
 def save_tensors(path, tensors, **metadata):
-    """Write a safetensors file whole or not at all; UserError for NaN or inf."""
-    plain = {n: finite(t.detach().contiguous(), f"{path} is not written: {n}") for n, t in tensors.items()}
-    with data.replacing(path) as beside, expecting(f"cannot write {path}", SafetensorError):
-        save_file(plain, beside, metadata={"format": "pt", **metadata})
+    """Write a safetensors file whole or not at all; UserError for NaN or inf.
+    All ranks call it, for sharded tensors are gathered, one at a time; rank 0 holds them and writes."""
+    plain = {}
+    for n, t in tensors.items():
+        t = whole(t.detach())
+        if data.lead():
+            plain[n] = finite(t.cpu().contiguous(), f"{path} is not written: {n}")
+    if data.lead():
+        with data.replacing(path) as beside, expecting(f"cannot write {path}", SafetensorError):
+            save_file(plain, beside, metadata={"format": "pt", **metadata})
 
 def save_gemma(model, folder, shard_bytes=5 * 10 ** 9):
-    """Write config.json and weights in the hub's layout, in files of shard_bytes; no tokenizer."""
+    """Write config.json and weights in the hub's layout, in files of shard_bytes; no tokenizer.
+    All ranks call it, see save_tensors."""
     folder, dtype = Path(folder), str(model.dtype).removeprefix("torch.")
     with torch.device("meta"):
-        want = _published(Gemma(model.config))
-    check_shapes(folder, _published(model), want, "merge and detach its adapters first")
+        like = Gemma(model.config).to(model.dtype)
+    check_shapes(folder, _published(model), _published(like), "merge and detach its adapters first")
     # both spellings of the dtype, for readers old and new: transformers would cast to the one that it finds
     data.write_json(folder / "config.json", {**model.config.raw, "dtype": dtype, "torch_dtype": dtype})
     tensors = {"model." + n: p for n, p in model.named_parameters()}
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
+    sizes = {"model." + n: p for n, p in like.named_parameters()}
+    split = split_torch_state_dict_into_shards(sizes, max_shard_size=shard_bytes)
     for name, inside in split.filename_to_tensors.items():
         save_tensors(folder / name, {n: tensors[n] for n in inside})
     if split.is_sharded:
@@ -528,9 +572,12 @@ def generate(model, prompts, max_new, stop=(data.EOS,), temperature=0.0, seeds=N
         greedy = temperature == 0
         ids = logits.argmax(-1) if greedy else _draw(logits / temperature, [rngs[i] for i in live])  # (B,)
         for i, token in zip(live, ids.tolist()):
-            out[i].append(token)
+            if not out[i] or out[i][-1] not in stop:
+                out[i].append(token)
         going = [n for n, i in enumerate(live) if out[i][-1] not in stop]
-        if not going:
+        # a rank of a sharded model that has ended goes along, with its last rows, until all have
+        if not going and not (model.sharded and any(data.gather(going))):
+            break
             break
         if len(going) < len(live):  # rows that have ended leave the batch
             live, ids = [live[n] for n in going], ids[going]

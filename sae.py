@@ -138,21 +138,23 @@ def neuronpedia_url(model_spec, layer, width, feature):
 def collect_residuals(model, rows, layers, n_tokens, batch=16):
     """Residuals after `layers` on texts (lists of ids): {layer: (n <= n_tokens, D) fp32, CPU}.
     BOS is left out, as in Gemma Scope's training: its activations are a hundred times larger and thousands of
-    features fire there. Filled in place: a final torch.cat would hold everything twice."""
-    n = min(n_tokens, sum(len(r) - 1 for r in rows))
-    out = {i: torch.empty(n, model.config.d_model) for i in layers}
-    at = 0
-    for start in data.progress(range(0, len(rows), batch), desc="residuals", disable=None):
-        ids, keep = (t.to(model.device) for t in data.pad(rows[start:start + batch]))
+    features fire there. Filled in place: a final torch.cat would hold everything twice. Each rank fills in
+    its share, and all get the whole."""
+    parts, n = [], 0
+    for at in range(0, len(rows), batch):
+        if n < n_tokens:
+            parts.append((n, rows[at:at + batch]))
+            n += sum(t != data.BOS for r in parts[-1][1] for t in r)
+    out = {i: torch.zeros(min(n, n_tokens), model.config.d_model) for i in layers}
+    for (at, some), counts in data.share(parts, "residuals"):
+        ids, keep = (t.to(model.device) for t in data.pad(some))
         taps = model.residuals(ids, layers, keep)
         counted = keep & (ids != data.BOS)
-        m = min(n - at, int(counted.sum()))
-        for i in layers:
-            out[i][at:at + m] = taps[i][counted][:m].float().cpu()
-        at += m
-        if at == n:
-            break
-    return {i: x[:at] for i, x in out.items()}
+        for i in layers if counts else ():
+            x = taps[i][counted].float().cpu()
+            out[i][at:at + len(x)] = x[:len(out[i]) - at]
+    data.add_up(*out.values())
+    return out
 
 def train_sae(activations, width, active, steps=800, batch=1024, lr=1e-3, seed=0, show=False):
     """An SAE trained on residuals (n, D), in Gemma Scope's form.

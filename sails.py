@@ -59,15 +59,16 @@ def contrast_means(model, saes, pairs, batch=8):
       h_aligned, h_unaligned (D,)    mean residual, var (D,) its variance
       second (D, D)                  mean of d d^T, d a pair's difference of residuals"""
     sums, n = {i: defaultdict(float) for i in saes}, len(pairs)
-    for at in data.progress(range(0, n, batch), desc="features", disable=None if n > 10 * batch else True):
-        aligned, unaligned = (_text_means(model, saes, side) for side in zip(*pairs[at:at + batch]))
+    for some, counts in data.share([pairs[at:at + batch] for at in range(0, n, batch)], "features"):
+        aligned, unaligned = (_text_means(model, saes, side) for side in zip(*some))
         for i, total in sums.items():
             (h, hh, a), (g, gg, u) = aligned[i], unaligned[i]  # (b, D), (b, D), (b, N)
             means = dict(h_aligned=h, h_unaligned=g, var=(hh + gg) / 2, mu_aligned=a, mu_unaligned=u)
             for key, x in (means | dict(t=(a - u) ** 2)).items():
-                total[key] += x.sum(0) / n
-            total["second"] += (h - g).T @ (h - g) / n
+                total[key] += x.sum(0) / n * counts
+            total["second"] += (h - g).T @ (h - g) / n * counts
     for s in sums.values():
+        data.add_up(*s.values())
         s["var"] = (s["var"] - ((s["h_aligned"] + s["h_unaligned"]) / 2) ** 2).clamp(min=1e-12)
         diff = s["mu_aligned"] - s["mu_unaligned"]
         s["t"] = diff / ((s["t"] - diff ** 2).clamp(min=1e-30) / max(1, n - 1)).sqrt()

@@ -31,7 +31,7 @@ import model_gemma
 import sae as sae_module
 import sails
 from benchmarks import explain, pages, tiny_world
-from data import UserError, lead, need, say, together
+from data import UserError, gather, lead, need, ranks, say, together
 
 # ---- settings ----
 HH, LOOKALIKES = "Anthropic/hh-rlhf", explain.LOOKALIKES
@@ -97,6 +97,7 @@ def parser():
     a("--max-tokens", type=count, default=512, help="longer examples are left out")
     a("--template", choices=data.TEMPLATES, help="chat form (by the model's name)")
     a("--seed", type=some(data.at_least(0)), default=[0], help="a list: data order and random starts")
+    a("--shard", action="store_true", help="torchrun: a part of the base on each device (always for full)")
     a("--checkpointing", action="store_true", help="recompute blocks in the backward pass to save memory")
     a("--save-every", type=count, default=50, help="steps between checkpoints")
     a("--watch", type=data.at_least(0), default=0, help="steps between looks at validation's rates; 0: none")
@@ -137,7 +138,7 @@ def refuse_unread(s):
         (s.sae != "fit", "published SAEs; use --fit-width", "width"),
         (s.replay or of(sails.READS_SAE)[0], "--replay or an SAE", "text"),
         (s.objective != "sft", "--objective dpo or rloo", "beta sft_steps"), (runs > 1, "more runs", "jobs"),
-        (s.objective == "rloo", "--objective rloo", "samples"))
+        (s.objective == "rloo", "--objective rloo", "samples"), ("RANK" in os.environ, "torchrun", "shard"))
 
 # ---- objectives ----
 # Each takes the rows of a micro-batch and of the whole batch: (loss to add up, numbers to log). Divided by
@@ -207,11 +208,12 @@ def make_loss(s, model, reference=None, reward=None, neutral=()):
         return value, logged
     return loss
 
-def base_reference(model):
-    """A context that lends the model as it is now: adapters off, or for `full` a frozen copy."""
+def base_reference(model, again=None):
+    """A context that lends the model as it is now: adapters off, or for `full` a frozen copy.
+    again() -> the base once more, for a sharded model, which can't be copied."""
     if lora.adapters(model):
         return lambda: lora.adapter_off(model)
-    frozen = copy.deepcopy(model).requires_grad_(False)
+    frozen = (again() if model.sharded else copy.deepcopy(model)).requires_grad_(False)
     return lambda: contextlib.nullcontext(frozen)
 
 # ---- training loop ----
@@ -227,11 +229,12 @@ def align(model, rows, s, loss, folder=None, watch=None):
     opt = torch.optim.AdamW([p for _, p in params], lr=s.lr, weight_decay=0.0, fused=True)
     state = folder / "state.safetensors" if folder else None
     start = lora.load_state(state, params, opt) if folder else 0
+    need(len({*gather(start)}) == 1, f"{state} is not the same file for all processes")
     need(start <= s.steps, f"{state} has done {start} steps of {s.steps}")
-    log = folder / "log.jsonl" if folder and lead() else None
+    log = folder / "log.jsonl" if folder else None
     if log:  # lines of steps that will be taken again are dropped
         data.write_rows(log, [row for _, row in data.read_rows(log, growing=True)][:start])
-    bar = data.progress(total=s.steps, initial=start, desc="align", disable=None if log else True)
+    bar = data.progress(total=s.steps, initial=start, desc="align", disable=None if log and lead() else True)
     with bar, data.patience() as came:
         for step in range(start, s.steps):
             began = time.perf_counter()
@@ -240,15 +243,16 @@ def align(model, rows, s, loss, folder=None, watch=None):
             picked = data.batch_at(len(rows), s.batch, s.seed, step)
             batch = [dict(rows[i], at=at) for at, i in enumerate(picked)]
             row |= backward(model, batch, s, loss, step, bool(came))
-            row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_([p for _, p in params], s.clip))
+            norm = torch.nn.utils.clip_grad_norm_([p for _, p in params], s.clip)
+            row["grad_norm"] = float(model_gemma.whole(norm))
             finite = math.isfinite(row["loss"] + row["grad_norm"])
             need(finite, f"step {step}: the loss or its gradient is not finite; lower --lr (now {s.lr:g})")
             opt.step()
             opt.zero_grad(set_to_none=True)
             stop = row.pop("stop") > 0
+            row["tokens_per_s"] = round(row["tokens"] / (time.perf_counter() - began))
+            row |= watch() if watch and (step + 1) % s.watch == 0 else {}
             if log:
-                row["tokens_per_s"] = round(row["tokens"] / (time.perf_counter() - began))
-                row |= watch() if watch and (step + 1) % s.watch == 0 else {}
                 data.append_rows(log, [row])
                 bar.set_postfix(refresh=False, loss=f"{row['loss']:.3f}", tokens_per_s=row["tokens_per_s"])
                 bar.update()
@@ -259,19 +263,19 @@ def align(model, rows, s, loss, folder=None, watch=None):
 
 def backward(model, batch, s, loss, step, stop=False):
     """Add up a step's gradients over micro-batches and machines; what to log, whether to stop."""
-    rank, machines = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine, logged = batch[rank::machines], {"loss": 0.0, "stop": float(stop)}
+    (rank, machines), logged = ranks(), {"loss": 0.0, "stop": float(stop)}
+    mine = batch[rank::machines]
     for at in range(0, len(mine), s.micro):
         value, more = loss(mine[at:at + s.micro], batch, step)
         value.backward()
         for key, x in {"loss": float(value.detach()), **more}.items():
             logged[key] = logged.get(key, 0.0) + x
     if machines > 1:
-        for _, p in lora.trainable(model):
+        for _, p in lora.trainable(model) if lora.adapters(model) else ():  # FSDP has added up full's
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            dist.all_reduce(p.grad)
-        sums = torch.tensor(list(logged.values()), dtype=torch.float64, device=model.device)
-        dist.all_reduce(sums)
+            data.add_up(p.grad)
+        sums = torch.tensor(list(logged.values()), dtype=torch.float64)
+        data.add_up(sums)
         logged = dict(zip(logged, sums.tolist()))
     return logged | {"tokens": sum(sum(r["chosen_tokens"][1]) for r in batch)}
 
@@ -284,25 +288,24 @@ def run(s):
         sets = keep("sets", (s.model, s.data, s.template, s.test, s.text), lambda: load_sets(s))
         check_rows(s, sets)
         s.stop = data.stop_ids(sets.tok, s.template)
-        source = s.model, model_gemma.DTYPES[s.dtype], s.device
-        model = keep("model", source, lambda: model_gemma.load_gemma(*source))
+        cut = s.shard and ("trained" if s.method == "full" else "frozen")
+        source = s.model, model_gemma.DTYPES[s.dtype], s.device, cut
+        load = lambda: model_gemma.load_gemma(*source)
+        model = keep("model", source, load)
         model.checkpointing, results = s.checkpointing, dict(method=s.method, lr=s.lr, seed=s.seed)
         try:
             if s.method != "base":
                 start(s, model, sets, folder)
-                for _, p in lora.trainable(model) if dist.is_initialized() else ():
-                    dist.broadcast(p.data, 0)  # all begin as rank 0 does
                 count = sum(p.numel() for _, p in lora.trainable(model))
                 say(f"training {count:,} parameters: {s.objective}, {s.steps} steps of {s.batch}, lr {s.lr}")
-                reference = base_reference(model) if s.objective != "sft" or s.replay > 0 else None
+                reference = base_reference(model, load) if s.objective != "sft" or s.replay > 0 else None
                 loss = make_loss(s, model, reference, judge_reward(sets.tok, s.stop), sets.neutral)
                 align(model, sets.train, s, loss, folder, watcher(s, model, sets))
                 results |= dict(parameters=count, drift=save(s, model, sets, folder))
             elif s.sae == "fit":
                 fit_saes(s, model, sets)
             results |= measure(s, model.requires_grad_(False), sets, folder)
-            if lead():
-                data.write_json(folder / "results.json", results)
+            data.write_json(folder / "results.json", results)
         finally:
             lora.detach(model)
             if s.method == "full":
@@ -362,13 +365,14 @@ def open_folder(s):
             need(s.resume or not begun, f"{folder} holds a run: add --resume, or choose another --out")
             data.same_settings(folder / "run.json", own)
         together()
-        if not lead():  # another machine may hold other files
-            data.same_settings(folder / "run.json", own)
+        seen = (folder / "run.json").exists()
+        need(seen, f"rank 0's {folder} is not here: --out must be on a disk that all machines share")
+        data.same_settings(folder / "run.json", own)  # another machine may hold other files
         yield folder
 
 def noted(s):
     """The settings that make a run what it is, for run.json."""
-    left_out = ("resume", "dry_run", "out", "shared", "jobs", "device", "tiny", "stop")
+    left_out = ("resume", "dry_run", "out", "shared", "jobs", "device", "shard", "tiny", "stop")
     return {k: v for k, v in vars(s).items() if k not in left_out} | dict(sources=sources(s))
 
 def sources(s):
@@ -431,6 +435,10 @@ def start(s, model, sets, folder):
     if bases:
         sides = ("read", "write") if s.sides == "both" else (s.sides,)
         lora.init_sails(model, bases, s.seed, s.freeze_basis, s.norm_aware, sides)
+    adapters = [p.data for _, m in lora.adapters(model) for p in (m.A, m.B)]
+    for p in adapters if ranks()[1] > 1 else ():
+        dist.broadcast(p, 0)  # all begin as rank 0 does
+    model_gemma.same_bits(adapters, folder)
 
 def watcher(s, model, sets):
     """A look at the rates on validation prompts, for align; None without --watch."""
@@ -442,7 +450,7 @@ def watcher(s, model, sets):
 def subspace(s, model, sets, folder):
     """Stages 1 and 2: {SAE layer: V (D, r_s)}, kept in the run's folder for --resume."""
     path = folder / "subspace.safetensors"
-    if path.exists():
+    if gather(path.exists())[0]:
         V, D = dict(model_gemma.read_tensors(path)), model.config.d_model
         bases = {i: V.get(f"V.{i}", torch.empty(0)) for i in s.layers}
         for i, x in bases.items():
@@ -468,26 +476,26 @@ def subspace(s, model, sets, folder):
             pool=s.subspace == "global", standardise=s.standardise, seed=s.seed)
     for i, V in bases.items():
         say(f"layer {i}: {len(chosen.get(i, ()))} features -> {V.shape[1]} directions for rank {s.r}")
-    if lead():
-        if chosen:
-            explain.write_features(s, model, sets, folder, saes, stats, chosen, pairs[:200])
-        kept = {f"V.{i}": V for i, V in bases.items()} | {f"features.{i}": f for i, f in chosen.items()}
-        kept |= {f"rows.{i}": saes[i].W_dec[f.to(s.device)] for i, f in chosen.items()}
-        model_gemma.save_tensors(path, kept)
+    if chosen:
+        explain.write_features(s, model, sets, folder, saes, stats, chosen, pairs[:200])
+    kept = {f"V.{i}": V for i, V in bases.items()} | {f"features.{i}": f for i, f in chosen.items()}
+    kept |= {f"rows.{i}": saes[i].W_dec[f.to(s.device)] for i, f in chosen.items()}
+    model_gemma.save_tensors(path, kept)
     return bases
 
 def fit_saes(s, model, sets):
     """The folder of SAEs trained on the model's own residuals over the dialogues and --text."""
     home = Path(s.shared) / "sae"
-    if not all(any(home.glob(f"layer_{i}/*/*/params.npz")) for i in s.layers):
+    if not gather(all(any(home.glob(f"layer_{i}/*/*/params.npz")) for i in s.layers))[0]:
         rows = [r[side][0] for r in sets.train for side in ("chosen_tokens", "rejected_tokens") if r[side]]
         shuffled = lambda x: [x[i] for i in np.random.default_rng(s.seed).permutation(len(x))]
         mixed = [x for pair in zip(shuffled(rows), shuffled(sets.neutral)) for x in pair]  # of both as many
         acts = sae_module.collect_residuals(model, mixed or shuffled(rows), s.layers, s.fit_tokens, s.micro)
-        for i, x in acts.items():
+        rank, n = ranks()
+        for i in s.layers[rank::n]:  # each rank trains some, with all tokens
+            x = acts.pop(i)
             sae = sae_module.train_sae(x, s.fit_width, s.fit_active, s.fit_steps, seed=s.seed, show=lead())
-            if lead():
-                sae_module.save_sae(sae, home, i, sae_module.sae_quality(sae, x)["l0"])
+            sae_module.save_sae(sae, home, i, sae_module.sae_quality(sae, x)["l0"])
     together()
     return home
 
@@ -508,13 +516,14 @@ def load_saes(s, model, sets):
 def save(s, model, sets, folder):
     """Write what was trained and learned; {side: how far it drifted from its start} of adapters."""
     drift = lora.mean_drift(lora.drift(model))
-    if lead() and s.method == "full":
+    if s.method == "full":
         model_gemma.save_gemma(model, folder)
-        sets.tok.save(str(folder / "tokenizer.json"))
-    elif lead():
+        data.write_text(folder / "tokenizer.json", sets.tok.to_str(pretty=True))
+    else:
         keys = "method sae layers k tau score contrast sides freeze_basis norm_aware".split()
         how = dict(holds_basis="A of q,k,v,gate,up; B of o,down", drift=drift) | {k: vars(s)[k] for k in keys}
         lora.save_adapter(model, folder, s.model, how)
+        together()  # all explain what rank 0 has written
         if s.method in sails.READS_SAE:
             source = f"{s.shared}/sae" if s.sae == "fit" else s.sae, s.layers, s.width
             with lora.adapter_off(model):
@@ -527,11 +536,10 @@ def save(s, model, sets, folder):
 
 def measure(s, model, sets, folder):
     """All measures of the model: {measure: interval}, sets {set: measures}, validation."""
-    score = lambda part: evaluation.held_out(
-        model, vars(sets)[part], path=folder / f"heldout-{part}.jsonl" if lead() else None)
+    score = lambda part: evaluation.held_out(model, vars(sets)[part], path=folder / f"heldout-{part}.jsonl")
     out, judged, path = score("test"), {}, folder / "responses.jsonl"
     out |= evaluation.knowledge(model, sets.cloze) if sets.cloze else {}
-    if sets.prompts and lead():  # 8 times as many at a time as where something trains
+    if sets.prompts:  # 8 times as many at a time as where something trains
         rows = evaluation.respond(model, sets.tok, sets.prompts, path, s.template, s.max_new, 8 * s.micro)
         verdicts = evaluation.judge_all(rows, sets.prompts, ["refusal"], None, folder / "verdicts.jsonl")
         judged = evaluation.tabulate(rows, verdicts)["refusal"]
@@ -551,6 +559,7 @@ def combinations(s, folder):
             runs += [(m, lr, folder / f"{m}-lr{lr:g}-seed{seed}") for lr in rates]
         for m, lr, home in runs:
             own = dict(method=m, lr=lr, seed=seed, out=str(home), shared=str(shared), resume=True)
+            own["shard"] = s.shard or m == "full" and ranks()[1] > 1
             out.append(SimpleNamespace(**vars(s) | own | dict(data=s.data.replace("{seed}", str(seed)))))
     return out
 
@@ -588,7 +597,9 @@ def quiet_run(s):
 def report(folder, runs):
     """Write and print the table of runs, read from their folders; then their pages."""
     with data.expecting(f"a damaged file below {folder}", LookupError, TypeError, AttributeError, ValueError):
-        _report(folder, runs)
+        if lead():
+            _report(folder, runs)
+    together()
 
 def _report(folder, runs):
     paths = [Path(r.out) / "results.json" for r in runs]
@@ -606,15 +617,13 @@ def _report(folder, runs):
 def main():
     s = settings()
     refuse_unread(s)
-    if "RANK" in os.environ and not s.dry_run:  # torchrun
-        data.follow_parent()
-        dist.init_process_group("nccl" if s.device.startswith("cuda") else "gloo")
-        s.device = f"cuda:{os.environ['LOCAL_RANK']}" if s.device.startswith("cuda") else s.device
-        s.jobs = 1  # the ranks share every run
-        need(s.batch >= dist.get_world_size(), "--batch must hold an example for every process")
-    if s.tiny and lead():
+    if s.tiny and os.environ.get("RANK", "0") == "0":
         tiny_world.make_world(WORLD, 0, s.seed)
-    together()
+    if "RANK" in os.environ:  # torchrun: the ranks share every run
+        s.jobs, s.device = 1, data.join(s.device)
+        n, s.shard = ranks()[1], s.shard or s.method == ["full"]
+        fits = s.batch % n == 0 or s.batch > n and not (s.shard or "full" in s.method)
+        need(fits, f"--batch {s.batch}: {n} processes need an example each, as many each if one is sharded")
     config = choose_sources(s)
     if s.dry_run:
         return dry_run(s, config)
@@ -628,7 +637,7 @@ def main():
             r.shared, r.out = str(folder), str(folder / "base" if r.method == "base" else folder)
             r.resume = s.resume or r.method == "base"
             run(r)
-        return lead() and report(folder, runs)
+        return report(folder, runs)
     with data.owned(folder, "runs.json") if lead() else contextlib.nullcontext() as begun:
         if begun:
             data.read_json(folder / "runs.json", runs=list)
@@ -636,14 +645,12 @@ def main():
         for r in runs:  # all that is there belongs together, before anything is added to it
             if (Path(r.out) / "run.json").exists():
                 data.same_settings(Path(r.out) / "run.json", noted(r))
-        if lead():
-            data.write_json(folder / "runs.json", dict(runs=[r.out for r in runs]))
+        data.write_json(folder / "runs.json", dict(runs=[r.out for r in runs]))
         bar = data.progress(total=len(runs), desc="runs", disable=None if lead() else True)
         for first in (True, False):  # the bases measure and fit what other runs share
             for _ in each(s.jobs, [r for r in runs if (r.method == "base") == first]):
                 bar.update()
-        if lead():
-            report(folder, runs)
+        report(folder, runs)
 
 if __name__ == "__main__":
     data.run_main(main)

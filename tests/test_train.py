@@ -15,7 +15,7 @@ import model_gemma
 import sae as sae_module
 import sails
 import train
-from conftest import FIT, by_two, command, go, parity, random_gemma, random_sae, start, trained
+from conftest import FIT, command, go, parity, random_gemma, random_sae, start, trained
 
 def log(folder):
     """log.jsonl without its timing."""
@@ -133,18 +133,6 @@ def test_resuming_a_finished_run_changes_nothing(run, home):
     content = lambda: {p: p.read_bytes() for p in run.out.rglob("*") if p.is_file()}
     before = content()
     assert go(command(home, run.out, f"--test {home.test} --resume"))[0] == 0 and content() == before
-
-@pytest.mark.slow
-def test_two_processes_train_the_adapter_that_one_does(home, tmp_path):
-    more = "--batch 7 --objective dpo --lr 1e-3"       # micro 3 of batch 7: they get 4 and 3 examples
-    two = start(command(home, tmp_path / "two", more), tmp_path, *by_two())
-    assert go(command(home, tmp_path / "one", more))[0] == 0
-    said, wrong = two.communicate(timeout=120)
-    assert two.returncode == 0 and said.count("training 1,536") == 1, wrong
-    a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
-    assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
-    for x, y in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
-        assert x == pytest.approx(y, rel=1e-3, abs=1e-5)
 
 # ---- before a run ----
 def test_a_dry_run_counts_the_9b_under_any_name_and_makes_no_folder(tmp_path):
