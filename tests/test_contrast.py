@@ -78,11 +78,11 @@ def test_every_method_gives_an_orthonormal_float32_basis_per_layer(setup, stats,
         assert torch.equal(V, other[i]) == (not method.startswith("random"))
     assert not torch.allclose(bases[0], bases[1], atol=.1)         # each layer has its own
 
-@pytest.mark.parametrize("rule, drop", (("absolute", []), ("relative", []), ("absolute", [3, 5])))
+@pytest.mark.parametrize("rule, drop", (("absolute", []), ("relative", []), ("t", []), ("absolute", [3, 5])))
 def test_sails_spans_the_rows_of_the_firing_features_that_score_best_pooled_or_not(setup, stats, rule, drop):
     bases, chosen = sails.subspaces("sails", stats, setup[1], k=20, tau=1., rule=rule, drop=drop)
     for i, s in stats.items():
-        scores = sails.score(s["mu_aligned"], s["mu_unaligned"], rule)
+        scores = s["t"].abs() if rule == "t" else sails.score(s["mu_aligned"], s["mu_unaligned"], rule)
         fired = [f for f in (s["mu_aligned"] + s["mu_unaligned"]).nonzero()[:, 0].tolist() if f not in drop]
         assert chosen[i].tolist() == sorted(fired, key=lambda f: -scores[f])[:20]
         assert gap(bases[i], setup[1][i].W_dec[chosen[i]].T) < 1e-5

@@ -80,6 +80,8 @@ def test_a_sampled_reply_depends_on_its_own_seed_and_on_nothing_else():
     assert draw(PROMPTS[::-1], [5, 4, 3]) == [c, b, a]
     assert draw(PROMPTS[1:2], [4]) == [b]
     assert draw(PROMPTS[1:2], [6]) != [b]
+    until = lambda row: row[:row.index(a[1]) + 1] if a[1] in row else row
+    assert generate(model, PROMPTS, 8, {a[1]}, 5., [3, 4, 5]) == [until(row) for row in (a, b, c)]
     assert torch.equal(state, torch.get_rng_state())
 
 def test_sampled_tokens_have_the_softmax_frequencies():
