@@ -30,7 +30,7 @@ import lora
 import model_gemma
 import sae as sae_module
 import sails
-from benchmarks import explain, pages, tiny_world
+from benchmarks import explain, pages, plan, tiny_world
 from data import UserError, gather, lead, need, ranks, say, together
 
 # ---- settings ----
@@ -55,7 +55,7 @@ def parser():
     a("--sae", help="folder or hub id laid out like Gemma Scope, or `fit` to train them")
     a("--out", help="folder of the run (runs/MODEL-METHOD-SEED), of a comparison (runs/MODEL)")
     a("--resume", action="store_true", help="continue a run; a comparison always does")
-    a("--dry-run", action="store_true", help="print what would be trained; load no weights")
+    a("--dry-run", action="store_true", help="print what would be trained and the memory; load no weights")
     a("--jobs", type=count, default=1, help="runs of a comparison at a time")
     a = ap.add_argument_group("the subspace").add_argument
     a("--method", type=some(str, METHODS), default=["sails"], help=f"a list of {','.join(METHODS)}")
@@ -84,7 +84,7 @@ def parser():
     a("--objective", choices=("sft", "dpo", "rloo"), default="sft", help="sft reads chosen replies alone")
     a("--steps", type=count, default=500)
     a("--batch", type=data.at_least(1, high=10 ** 6), default=32, help="pairs or replies per step")
-    a("--micro", type=count, default=4, help="of these at a time in memory")
+    a("--micro", type=plan.micro, default="auto", help="of these at a time in memory; auto: what fits")
     a("--lr", type=some(rate), default=[2e-4], help="a list: the best by validation is reported")
     a("--full-lr", type=some(rate), help="the same for full, which moves every weight (--lr)")
     a("--warmup", type=data.at_least(0), default=20, help="steps of linear warm-up, then linear decay to 0")
@@ -285,7 +285,7 @@ def run(s):
     with open_folder(s) as folder:
         if (folder / "results.json").exists():
             return
-        sets = keep("sets", (s.model, s.data, s.template, s.test, s.text), lambda: load_sets(s))
+        sets = kept_sets(s)
         check_rows(s, sets)
         s.stop = data.stop_ids(sets.tok, s.template)
         cut = s.shard and ("trained" if s.method == "full" else "frozen")
@@ -320,6 +320,10 @@ def keep(name, key, make):
         _kept[name] = key, make()
     return _kept[name][1]
 
+def kept_sets(s):
+    """load_sets, read once for all runs that read the same."""
+    return keep("sets", (s.model, s.data, s.template, s.test, s.text), lambda: load_sets(s))
+
 def choose_sources(s):
     """The model's config; settles what depends on it: SAEs, their layers, data, chat form."""
     config = model_gemma.load_config(s.model)
@@ -342,19 +346,6 @@ def choose_sources(s):
     saes = f"; SAEs: {s.sae}, width {s.width}, layers {shown}" if reads else ""
     say(f"{s.model}: template {s.template}, {s.dtype} on {s.device}; data: {s.data}{saes}")
     return config
-
-def dry_run(s, config):
-    """Print what would be trained and what it takes, from shapes alone."""
-    with torch.device("meta"):
-        model = model_gemma.Gemma(config)
-        total, size = sum(p.numel() for p in model.parameters()), model_gemma.DTYPES[s.dtype].itemsize
-        if s.method != ["full"]:
-            lora.attach(model, s.targets, s.r, s.alpha)
-    count = sum(p.numel() for _, p in lora.trainable(model))
-    reference = ", and again as the reference" if s.method == ["full"] and s.objective != "sft" else ""
-    say(f"base {total:,} parameters, {total * size / 1e9:.1f} GB in {s.dtype}{reference}",
-        f"trainable {count:,} = {count / total:.2%}, {count * 16 / 1e9:.2f} GB with gradients and moments",
-        "activations come on top")
 
 @contextlib.contextmanager
 def open_folder(s):
@@ -444,7 +435,7 @@ def watcher(s, model, sets):
     """A look at the rates on validation prompts, for align; None without --watch."""
     some = [p for p in sets.prompts if p["set"] == "validation"]
     need(some or not s.watch, "--watch needs labelled validation examples")
-    look = lambda: evaluation.glance(model, sets.tok, some, s.template, s.max_new, 8 * s.micro)
+    look = lambda: evaluation.glance(model, sets.tok, some, s.template, s.max_new, s.replies)
     return look if s.watch else None
 
 def subspace(s, model, sets, folder):
@@ -539,8 +530,8 @@ def measure(s, model, sets, folder):
     score = lambda part: evaluation.held_out(model, vars(sets)[part], path=folder / f"heldout-{part}.jsonl")
     out, judged, path = score("test"), {}, folder / "responses.jsonl"
     out |= evaluation.knowledge(model, sets.cloze) if sets.cloze else {}
-    if sets.prompts:  # 8 times as many at a time as where something trains
-        rows = evaluation.respond(model, sets.tok, sets.prompts, path, s.template, s.max_new, 8 * s.micro)
+    if sets.prompts:
+        rows = evaluation.respond(model, sets.tok, sets.prompts, path, s.template, s.max_new, s.replies)
         verdicts = evaluation.judge_all(rows, sets.prompts, ["refusal"], None, folder / "verdicts.jsonl")
         judged = evaluation.tabulate(rows, verdicts)["refusal"]
     nll = score("validate")[evaluation.NLL]["value"][0]
@@ -625,17 +616,21 @@ def main():
         fits = s.batch % n == 0 or s.batch > n and not (s.shard or "full" in s.method)
         need(fits, f"--batch {s.batch}: {n} processes need an example each, as many each if one is sharded")
     config = choose_sources(s)
-    if s.dry_run:
-        return dry_run(s, config)
     name = "tiny" if s.tiny else data.model_name(s.model)
     rates = s.full_lr if s.method == ["full"] and s.full_lr else s.lr
     one = len(s.method) * len(s.seed) * len(rates) == 1
     folder = Path(s.out or (f"runs/{name}-{s.method[0]}-{s.seed[0]}" if one else f"runs/{name}"))
     runs = combinations(s, folder)
+    for r in runs if one else ():
+        r.shared, r.out = str(folder), str(folder / "base" if r.method == "base" else folder)
+        r.resume = s.resume or r.method == "base"
+    plan.settle(s, runs, config, None if s.dry_run else kept_sets(runs[0]))
+    if s.dry_run:
+        return
+    if s.jobs > 1:
+        _kept.clear()  # other processes read the data again
     if one:
         for r in reversed(runs):  # the base last: a refused run leaves nothing behind
-            r.shared, r.out = str(folder), str(folder / "base" if r.method == "base" else folder)
-            r.resume = s.resume or r.method == "base"
             run(r)
         return report(folder, runs)
     with data.owned(folder, "runs.json") if lead() else contextlib.nullcontext() as begun:

@@ -36,8 +36,8 @@ def test_a_script_imports_only_scripts_that_are_read_before_it(name):
     found |= {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
     assert found & set(SCRIPTS) <= set(SCRIPTS[:SCRIPTS.index(name)])
     assert not found & {"transformers", "peft", "matplotlib"}
-    others = dict(train={"explain", "pages", "tiny_world"}, sails={"explain", "theory"}, model_gemma={"talk"},
-                  lora={"merged"}, sae={"explain"}, eval={"asking"})
+    others = dict(train={"explain", "pages", "plan", "tiny_world"}, sails={"explain", "theory"},
+                  model_gemma={"talk"}, lora={"merged"}, sae={"explain"}, eval={"asking"})
     assert {m for m in found if m.startswith(("benchmarks", "tests"))} <= {"benchmarks"}
     inside = {a.name for n in nodes if getattr(n, "module", "") == "benchmarks" for a in n.names}
     assert inside == others.get(name, set())

@@ -1,6 +1,6 @@
 """mutations.py - do the tests notice mistakes? Makes one at a time and runs the tests that could see it.
 
-    python tests/mutations.py [--only WORD] [--jobs 2]
+    python benchmarks/mutations.py [--only WORD] [--jobs 2]
 
 mistakes.txt lists them: a file, a text that occurs in it exactly once, its replacement, why it matters. Each
 runs in a copy of the tree; it is caught if a test fails. Survivors are printed, exit code 1 if there are any
