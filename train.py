@@ -453,7 +453,7 @@ def subspace(s, model, sets, folder):
     reads = "model data shared sae width layers contrast contrast_data contrast_pairs last"
     key = [vars(s)[k] for k in reads.split()]
     if s.method in sails.READS_SAE:
-        saes = keep("saes", key, lambda: load_saes(s, model, sets))
+        saes = load_saes(s, model, sets)  # not kept: the 9B's five take 2.4 GB, which training needs
     if s.method in sails.READS_DATA:
         rows = sets.train
         if s.contrast_data:
@@ -559,6 +559,7 @@ def each(jobs, runs):
     if jobs == 1:
         yield from map(quiet_run, runs)
     else:
+        _kept.clear()  # every process reads the data itself
         with ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker) as pool:
             try:
                 yield from pool.map(quiet_run, runs)
@@ -627,8 +628,6 @@ def main():
     plan.settle(s, runs, config, None if s.dry_run else kept_sets(runs[0]))
     if s.dry_run:
         return
-    if s.jobs > 1:
-        _kept.clear()  # other processes read the data again
     if one:
         for r in reversed(runs):  # the base last: a refused run leaves nothing behind
             run(r)

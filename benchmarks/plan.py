@@ -69,8 +69,7 @@ def phases(s, method, config, size, world=1):
     out, N = {}, 0
     if method in sails.READS_SAE:
         N = s.fit_width if s.sae == "fit" else width(s.width)
-        always["SAEs"] = len(s.layers) * 2 * N * D * 4
-        out["saving"] = {"SAEs again": always["SAEs"] + N * D * 4}
+        out["saving"] = {"SAEs": len(s.layers) * 2 * N * D * 4, "work": N * D * 4}
     if s.sae == "fit" and cpu and (N or method == "base"):
         work = (8 * s.fit_width * D + 5 * 1024 * s.fit_width) * 4  # weights, gradients, moments; a batch
         out["SAE fitting"] = dict(residuals=s.fit_tokens * len(s.layers) * D * 4, work=work)
@@ -78,7 +77,7 @@ def phases(s, method, config, size, world=1):
         taps = len(s.layers) * s.micro * size.pair * D * whole.dtype.itemsize
         means = len(s.layers) * D * D * 8 + 4 * (size.described * D * len(s.layers) + 3 * V * s.k)
         work = max(peaks(scoring, s.micro, size.pair, 1)) + taps + 12 * max(size.pair, 1024) * N
-        out["features"] = dict(work=work, residuals=means if cpu else 0)
+        out["features"] = dict(SAEs=len(s.layers) * 2 * N * D * 4, work=work, residuals=means if cpu else 0)
     if method != "base":
         rows, tokens, reply = dict(
             sft=(1, size.pair - 1, size.reply), dpo=(2, size.pair - 1, size.reply),

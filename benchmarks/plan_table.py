@@ -26,7 +26,7 @@ import lora
 import model_gemma
 import sae as sae_module
 import train
-from benchmarks import count, lora_step, plan, published_shapes, tiny_world
+from benchmarks import against_hf, count, plan, published_shapes, tiny_world
 from eval import markdown
 
 # ---- against measured peaks ----
@@ -46,7 +46,7 @@ def prepare(folder, name):
     """A model's folder, written with random weights if it is not there; None without SAILS_REAL."""
     if name == "real":
         return os.environ.get("SAILS_REAL") and Path(os.environ["SAILS_REAL"]) / "gemma-3-270m"
-    published_shapes.SIZES.setdefault("middle", lora_step.RAW)
+    published_shapes.SIZES.setdefault("middle", against_hf.MIDDLE)
     if not (folder / name / "tokenizer.json").exists():
         published_shapes.write_weights(folder / name, name)
         tiny_world.tiny_world(0).tok.save(str(folder / name / "tokenizer.json"))

@@ -63,9 +63,17 @@ def test_phases_hold_what_the_objective_and_the_method_keep(home):
     assert "reference" not in sft["training"] and dpo["training"]["reference"] == sft["training"]["weights"]
     assert dpo["training"]["activations"] == pytest.approx(2 * sft["training"]["activations"], rel=.1)
     assert "drawing" in rloo and set(of("base")) == {"evaluation"}
-    assert of("lora")["training"]["trained"] == 1536 * 16 and "SAEs" not in of("lora")["training"]
+    assert of("lora")["training"]["trained"] == 1536 * 16
     both = settings(layers=[0, 1], width="16k", sae="S")
-    assert plan.phases(both, "sails", config, size)["training"]["SAEs"] == 2 * 2 * 16384 * 24 * 4
+    sails = plan.phases(both, "sails", config, size)
+    assert sails["features"]["SAEs"] == 2 * 2 * 16384 * 24 * 4 and "SAEs" not in sails["training"]
+
+def test_a_layer_of_the_9bs_shape_saves_at_most_300_mb_at_4_x_512_tokens():
+    nine = RAW | dict(hidden_size=3584, num_hidden_layers=42, intermediate_size=14336, num_attention_heads=16,
+                      num_key_value_heads=8, head_dim=256, vocab_size=256000)
+    s = settings("--r 16", dtype="bfloat16")
+    shape = plan.shape(s, "lora", model_gemma.config_from_json(nine))
+    assert count.walked(count.step, shape, 4, 512, 1024)[0] / 42 < 300e6
 
 def test_auto_takes_the_largest_that_fits_and_checkpointing_only_if_it_must(home, monkeypatch):
     monkeypatch.setattr(plan, "resident", lambda: 0)
