@@ -50,6 +50,12 @@ def stir(model, size=.3):
     for _, p in lora.trainable(model):
         p.normal_(0, size, generator=gen)
 
+def adapted(model, targets, r, alpha, size=.3, layers=None):
+    """The model with adapters that change it."""
+    lora.attach(model, targets, r, alpha, layers)
+    stir(model, size)
+    return model
+
 def random_sae(seed=0, D=24, N=40, threshold=.1):
     """An untrained SAE that fires on about half of its features, decoder rows of norm 1."""
     gen = torch.Generator().manual_seed(seed)
@@ -143,3 +149,7 @@ def home(tmp_path_factory, world, split):
     write_pairs(home / "test.jsonl", split["test"])
     paths = dict(model="model", sae="sae", data="pairs.jsonl", test="test.jsonl")
     return SimpleNamespace(**{k: str(home / name) for k, name in paths.items()})
+
+@pytest.fixture(scope="session")
+def run(home, tmp_path_factory):
+    return trained(home, tmp_path_factory.mktemp("run") / "sails", f"--test {home.test}")

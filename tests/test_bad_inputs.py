@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file  # noqa: F401, the table calls load_file
 from tokenizers import Tokenizer
 
 import data
@@ -29,7 +29,7 @@ import model_gemma
 import sae as sae_module
 import train
 from benchmarks import choices, compare, gcg
-from conftest import TOP, go, random_sae
+from conftest import TOP, go, random_gemma, random_sae
 from test_tokens import talk  # noqa: F401, the table calls it
 
 SCRIPTS = dict(train=train, eval=evaluation, choices=choices, gcg=gcg, lora=lora, sae=sae_module, data=data,
@@ -59,11 +59,7 @@ def files(tmp_path_factory, home, split):
         shutil.copytree(vars(home)[name], top / "place" / name)
     with contextlib.chdir(top / "place"):
         shutil.copytree("model", "sharded", ignore=shutil.ignore_patterns("*.safetensors"))
-        tensors, index = sorted(load_file(WEIGHTS).items()), {}
-        for name, part in (("one.safetensors", tensors[:9]), ("two.safetensors", tensors[9:])):
-            save_file(dict(part), "sharded/" + name, {"format": "pt"})
-            index |= {key: name for key, _ in part}
-        data.write_json(INDEX, dict(weight_map=index))
+        model_gemma.save_gemma(random_gemma(), "sharded", shard_bytes=50_000)
         for layer in (0, 1):
             path = Path(SCOPE.replace("_0_", f"_{layer}_"))
             path.parent.mkdir()
@@ -170,11 +166,6 @@ def tensor(path, key, change):
     else:
         save_file(found, path, {k: v for k, v in noted.items() if v != GONE})
 
-def array(key, dtype):
-    """Give an SAE's array another dtype."""
-    with np.load(SAE) as f:
-        np.savez(SAE, **{k: f[k].astype(dtype) if k == key else f[k] for k in f.files})
-
 def arrays(**changed):
     """Change arrays of an SAE's file."""
     with np.load(SAE) as f:
@@ -182,8 +173,8 @@ def arrays(**changed):
 
 def header(path, **entry):
     """A safetensors file whose header claims this of one tensor."""
-    claim = json.dumps({"model.norm.weight": dict(dtype="F32", shape=[1], data_offsets=[0,
-        4]) | entry}).encode()
+    claims = dict(dtype="F32", shape=[1], data_offsets=[0, 4]) | entry
+    claim = json.dumps({"model.norm.weight": claims}).encode()
     put(path, len(claim).to_bytes(8, "little") + claim + bytes(4))
 
 def bomb(rows, mib):
@@ -202,9 +193,6 @@ def beyond(text):
     tok = Tokenizer.from_file(TOK)
     tok.add_tokens([text])
     tok.save(TOK)
-
-def key(value):
-    os.environ["OPENAI_API_KEY"] = value
 
 def full(n):
     """A disk on which no file grows beyond n bytes."""

@@ -11,7 +11,7 @@ import lora
 import model_gemma
 from benchmarks import asking, compare
 from benchmarks.tiny_world import REFUSAL, tiny_world
-from conftest import TOP, go, random_gemma, stir
+from conftest import TOP, adapted, go, random_gemma
 
 TOK, NAMES, HELP = tiny_world(0).tok, tiny_world(0).names, "sure first step3 ."
 ASKS = [f"{'hey ' * (i % 4)}how {'make' if i % 2 else 'use'} {NAMES[i]} {'?' * (i % 3)}" for i in range(23)]
@@ -26,12 +26,6 @@ def respond(model, path, asked, batch=5, temperature=0., seed=0):
 def write(path, *rows):
     path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
     return path
-
-def bent(model):
-    """The model with an adapter that changes it."""
-    lora.attach(model, ["q", "o"], 2, 4)
-    stir(model)
-    return model.requires_grad_(False)
 
 @pytest.mark.parametrize("temperature", [0., 1.])
 def test_replies_are_the_same_in_any_batch_and_after_a_kill(model, tmp_path, monkeypatch, temperature):
@@ -167,7 +161,7 @@ def test_knowledge_is_right_only_if_every_token_of_the_answer_is_the_likeliest(m
     assert ev.knowledge(model, texts, 5)["knowledge"]["value"] == ev.interval([i % 4 == 0 for i in range(23)])
 
 def test_kl_is_from_the_base_to_the_model_summed_over_tokens_and_zero_at_the_start(tmp_path):
-    model, base = bent(random_gemma()), random_gemma()
+    model, base = adapted(random_gemma(), "qo", 2, 4).requires_grad_(False), random_gemma()
     file = write(tmp_path / "t.txt", "how make thing1 ?\n\nhow use thing2 . sorry i cannot help .")
     ids = [[data.BOS] + data.encode_plain(TOK, t) for t in file.read_text().split("\n\n")]
     p, q = ([m(torch.tensor([x]))[0].log_softmax(-1) for x in ids] for m in (base, model))
@@ -180,7 +174,7 @@ def test_kl_is_from_the_base_to_the_model_summed_over_tokens_and_zero_at_the_sta
     assert ev.kl_from_base(base, base, TOK, file).popitem()[1] == dict(n=2, value=[0, 0, 0])
 
 def test_the_command_measures_costs_with_an_adapter_and_merging_changes_no_reply(home, tmp_path):
-    lora.save_adapter(bent(model_gemma.load_gemma(home.model)), tmp_path / "run")
+    lora.save_adapter(adapted(model_gemma.load_gemma(home.model), "qo", 2, 4), tmp_path / "run")
     file = write(tmp_path / "p.jsonl", *(dict(prompt=a, chosen="sure .", rejected="how .") for a in ASKS[:5]))
     write(tmp_path / "k.jsonl", dict(text="doc", next="thing1"))
     costs = ["--pairs", file, "--kl", write(tmp_path / "t.txt", "how ?"), "--knowledge", tmp_path / "k.jsonl"]

@@ -129,10 +129,6 @@ def test_what_is_no_lora_on_this_model_is_refused(change):
     with pytest.raises(data.UserError, match="do not belong together" if change == "D" else "no plain LoRA"):
         explain.learned(tensors, CONFIG, model, {0: random_sae()} if change == "D" else SAES, {})
 
-@pytest.fixture(scope="module")
-def run(home, tmp_path_factory):
-    return trained(home, tmp_path_factory.mktemp("explained") / "run")
-
 def test_a_run_explains_itself_and_the_command_says_the_same_with_or_without_its_features(run, home):
     explained, features = (data.read_json(run.out / f"{name}.json") for name in ("explain", "features"))
     for e in explained["sums"] + explained["adapters"]:

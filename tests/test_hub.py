@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import save_file
 
 import data
+import model_gemma
 import sae as sae_module
-from conftest import RAW, TOP, random_gemma, random_sae
+from conftest import TOP, random_gemma, random_sae
 from hub_server import NEEDED, HubServer, run_script
 from test_tokens import hh, small_tokenizer
 
@@ -35,14 +35,8 @@ CALL = "import data\ndef main():\n    {}\ndata.run_main(main)"
 def root(tmp_path_factory):
     """What the hub holds behind the names of the paper's run, and much that the run does not need."""
     root = tmp_path_factory.mktemp("hub")
-    folder, pairs, where = root / "models" / MODEL, root / "datasets" / PAIRS, {}
-    data.write_json(folder / "config.json", RAW | dict(num_hidden_layers=32))
-    weights = {"model." + name: p for name, p in random_gemma(num_hidden_layers=32).named_parameters()}
-    for i, shard in enumerate(SHARDS):
-        part = dict(list(weights.items())[i::3])
-        where |= dict.fromkeys(part, shard)
-        save_file(part, folder / shard, metadata={"format": "pt"})
-    data.write_json(folder / "model.safetensors.index.json", dict(metadata={}, weight_map=where))
+    folder, pairs = root / "models" / MODEL, root / "datasets" / PAIRS
+    model_gemma.save_gemma(random_gemma(num_hidden_layers=32), folder, shard_bytes=300_000)
     small_tokenizer().save(str(folder / "tokenizer.json"))
     others = pairs / "helpful-base/train.jsonl.gz"
     for waste in (folder / "pytorch_model.bin", folder / "old/old.json", others):

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 KILLS, SIGNALS = map(int, os.environ.get("KILLS", "8 3").split())
 ORDER = "run table replies run table replies two run".split()
 STAGES = dict(  # options of train.py, none for eval.py; files after whose appearance it is disturbed
-    run=("--steps 100 --save-every 7 --seed 4", 
+    run=("--steps 100 --save-every 7 --seed 4",
          " run.json subspace.safetensors state.safetensors results.json"),
     two=("--steps 40 --save-every 7 --objective dpo", "run.json state.safetensors log.jsonl"),
     table=("--method sails,lora --lr 1e-3,1e-2 --steps 40 --save-every 7 --jobs 2",
@@ -121,9 +121,8 @@ def disturb(launcher, stage, out, sign, rng, more="", files=None):
     if Path(f"/proc/{pid}").exists():
         os.kill(pid, sign)
     code, late = end(), time.monotonic() + 2
-    while alive(pid, out) and time.monotonic() < late:
+    while (left := alive(pid, out)) and time.monotonic() < late:
         time.sleep(.02)
-    left = alive(pid, out)
     for p in left:
         os.kill(p, signal.SIGKILL)
     assert not left, "processes outlive their parent"

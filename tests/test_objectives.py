@@ -10,7 +10,7 @@ import data
 import lora
 import model_gemma
 import train
-from conftest import random_gemma, stir
+from conftest import adapted, random_gemma
 
 NEUTRAL = [[2, 9, 9], [2, 30, 31, 32, 33, 34], [2, 77]]
 
@@ -18,14 +18,9 @@ NEUTRAL = [[2, 9, 9], [2, 30, 31, 32, 33, 34], [2, 77]]
 def tuned(world, split):
     """A model whose adapters have moved; 11 rows, replies of two lengths; settings."""
     rows, _ = data.encode(world.tok, split["train"][:6] + split["train"][-5:], "tiny")
-    return moved(("q", "v", "o", "down"), .1), [dict(r, at=i) for i, r in enumerate(rows)], SimpleNamespace(
+    model = adapted(random_gemma(), ("q", "v", "o", "down"), 3, 6, .1)
+    return model, [dict(r, at=i) for i, r in enumerate(rows)], SimpleNamespace(
         objective="sft", sft_steps=0, replay=0., beta=.3, samples=3, max_new=4, stop={1}, seed=0, batch=11)
-
-def moved(targets, size, layers=None):
-    model = random_gemma()
-    lora.attach(model, targets, 3, 6, layers)
-    stir(model, size)
-    return model
 
 def one_step(model, rows, s, step=5):
     """What train.backward logs; the reward is for a first token that is even."""
@@ -76,7 +71,7 @@ def test_loss_and_gradient_equal_the_formulas_in_any_micro_batch_and_finite_diff
 
 def test_rloo_gradient_is_that_of_expected_reward_less_beta_times_kl(tuned):
     """Of one new token, so that the expectation can be summed; 8,000 draws, two a prompt and step."""
-    model, rows, s = moved(("down",), .5, [1]), tuned[1][::10] * 100, tuned[2]
+    model, rows, s = adapted(random_gemma(), ("down",), 3, 6, .5, [1]), tuned[1][::10] * 100, tuned[2]
     vars(s).update(objective="rloo", samples=2, max_new=1, beta=.5, micro=150, batch=200)
     for r in rows[:2]:                                 # of which all others are copies
         words = lambda: model(torch.tensor([r["prompt_ids"]]))[0, -1].log_softmax(-1)

@@ -19,6 +19,7 @@ from model_gemma import additive, attend_mask, config_from_json, load_gemma, rop
 
 both = pytest.mark.parametrize("kind", ("gemma2", "gemma3"))
 sides = pytest.mark.parametrize("side", ("right", "left"))
+dtypes = pytest.mark.parametrize("dtype, tol", ((torch.float32, 1e-4), (torch.bfloat16, 0)), ids=str)
 
 class Golden:
     """One golden file: its tensors, its config.json, and our model loaded from its weights."""
@@ -68,19 +69,13 @@ def equal_shares(model, ids, walk, keep):
 # ------------------------------------------------------------------------------------------- the golden files
 @sides
 @both
-def test_logits_equal_transformers(kind, side, tmp_path):
+@dtypes
+def test_logits_equal_transformers_in_bf16_bit_by_bit(kind, side, dtype, tol, tmp_path):
     g = Golden(kind)
-    walk = our_walk(g.model(tmp_path, torch.float32), g.ids, g.keep(side))
-    assert first_difference(walk, g.walk(torch.float32, side), g.keep(side), 1e-4) is None
-
-@sides
-@both
-def test_bf16_logits_are_bit_equal_to_transformers(kind, side, tmp_path):
-    g = Golden(kind)
-    if g.meta["cpu"] != torch.backends.cpu.get_cpu_capability():
+    if not tol and g.meta["cpu"] != torch.backends.cpu.get_cpu_capability():
         pytest.skip(f"the golden file comes from an {g.meta['cpu']} CPU; others may round a sum otherwise")
-    walk = our_walk(g.model(tmp_path, torch.bfloat16), g.ids, g.keep(side))
-    assert first_difference(walk, g.walk(torch.bfloat16, side), g.keep(side)) is None
+    walk = our_walk(g.model(tmp_path, dtype), g.ids, g.keep(side))
+    assert first_difference(walk, g.walk(dtype, side), g.keep(side), tol) is None
 
 @both
 def test_each_bf16_block_alone_rounds_like_transformers_on_any_cpu(kind, tmp_path):
@@ -126,7 +121,7 @@ def test_published_270m_and_9b_configs_need_no_layer_types(kind, layers, full, c
     ("gemma2", dict(sliding_window=64, num_hidden_layers=4)),
     ("gemma3", dict()),
     ("gemma3", dict(num_key_value_heads=1, layer_types=None, num_hidden_layers=7))], ids=str)
-@pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-4), (torch.bfloat16, 0)], ids=["fp32", "bf16"])
+@dtypes
 def test_logits_equal_transformers_live(kind, changes, dtype, tol, tmp_path):
     pytest.importorskip("transformers")
     theirs = make_golden.oracle(kind, **changes)

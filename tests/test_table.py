@@ -26,10 +26,6 @@ def first(request, tmp_path_factory):
     return folder, start(FIRST, folder) if wanted else None
 
 # ---- what is read and measured ----
-@pytest.fixture(scope="module")
-def run(home, tmp_path_factory):
-    return trained(home, tmp_path_factory.mktemp("table"), f"--test {home.test}")
-
 def test_no_held_out_prompt_is_trained_on_or_chooses_features(home, tmp_path, monkeypatch):
     contrasted, pairs = [], sails.contrast_pairs
     monkeypatch.setattr(sails, "contrast_pairs", lambda rows, *a: contrasted.append(rows) or pairs(rows, *a))

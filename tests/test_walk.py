@@ -13,7 +13,7 @@ import lora
 import model_gemma
 import sae as sae_module
 import sails
-from conftest import go, random_gemma, write_pairs
+from conftest import go, random_gemma
 
 PLANTED, ALWAYS, LAYER, D, N = 3, 5, 1, 24, 8
 ROWS = torch.linalg.qr(torch.randn(D, N, generator=torch.Generator().manual_seed(3)))[0].T      # (N, D)
@@ -81,18 +81,17 @@ def test_5_readers_start_with_v_as_their_row_and_writers_with_v_as_their_column(
     lora.detach(model)
 
 @pytest.fixture(scope="module")
-def run(model, sae, world, split, tmp_path_factory):
+def run(model, sae, world, home, tmp_path_factory):
     """The folder of `train.py` on this model, SAE and data, two steps with the basis frozen."""
-    home = tmp_path_factory.mktemp("walk")
-    model_gemma.save_gemma(model, home / "model")
-    world.tok.save(str(home / "model" / "tokenizer.json"))
-    sae_module.save_sae(sae, home / "sae", LAYER, 1)
-    write_pairs(home / "pairs.jsonl", split["train"])
-    line = (f"--model {home}/model --sae {home}/sae --layers {LAYER} --width {N} --contrast prompts "
-            f"--data {home}/pairs.jsonl --out {home}/run --k 1 --tau 1 --r 1 --steps 2 --batch 4 --lr 0.01 "
+    top = tmp_path_factory.mktemp("walk")
+    model_gemma.save_gemma(model, top / "model")
+    world.tok.save(str(top / "model" / "tokenizer.json"))
+    sae_module.save_sae(sae, top / "sae", LAYER, 1)
+    line = (f"--model {top}/model --sae {top}/sae --layers {LAYER} --width {N} --contrast prompts "
+            f"--data {home.data} --out {top}/run --k 1 --tau 1 --r 1 --steps 2 --batch 4 --lr 0.01 "
             "--device cpu --freeze-basis")
     assert go(line.split())[0] == 0
-    return home / "run"
+    return top / "run"
 
 def test_6_training_moves_the_other_factor_so_the_update_reads_and_writes_the_concept_alone(run):
     tensors = load_file(run / "adapter_model.safetensors")
