@@ -117,10 +117,11 @@ def settings(argv=None):
     need(s.model or not s.dry_run, "--dry-run needs --model")
     s.tiny = s.model in (None, "tiny")
     if s.tiny:
-        s = parser().parse_args([*TINY, *([] if s.model else LISTS), *typed])
-        s.tiny, s.model = True, str(WORLD)
+        s = parser().parse_args([*TINY, *([] if s.model else LISTS), *typed, "--model", str(WORLD)])
+        s.tiny = True
     s.alpha = 2.0 * s.r if s.alpha is None else s.alpha
     s.dtype = s.dtype or ("bfloat16" if s.device.startswith("cuda") else "float32")
+    s.replies = None if s.micro == "auto" else 8 * s.micro  # at a time; what trains takes more memory
     fine = "full" not in s.method or s.dtype == "float32"
     need(fine, "--method full takes steps that bfloat16 rounds away: add --dtype float32")
     return s

@@ -23,9 +23,9 @@ import sails
 from benchmarks.count import Shape, bare, generation, resident, room, scoring, step, walked
 from data import need, say
 
-MOST_ON_A_CPU = 8  # more are hardly faster a row there, and are padded to a longer one: results/plan_table.md
-HEAP = 1.4         # glibc's heap per byte of activations, holes between them: results/plan_table.md
-SPARE = .9         # share of the free memory that `auto` fills: the allocators of GPUs leave gaps too
+MOST_ON_A_CPU = 4  # 8 or 16 are no faster a row there and need more memory: results/plan_table.md
+HEAP = 1.4  # heap per byte of saved activations: glibc left 0 to .7 of holes, see results/plan_table.md
+SPARE = .9  # share of the free memory that `auto` fills: the allocators of GPUs leave holes too
 
 def micro(text):
     """An argument's type: a number of rows, or `auto`."""

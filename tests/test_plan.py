@@ -92,13 +92,13 @@ def test_auto_takes_the_largest_that_fits_and_checkpointing_only_if_it_must(home
 def test_the_choice_stands_in_run_json_and_a_resumed_run_takes_it_from_there(home, tmp_path, monkeypatch):
     auto = [x for x in command(home, tmp_path / "run", "--method lora") if x not in ("--micro", "3")]
     code, said, err = go(auto)
-    assert code == 0 and "chosen: --micro 8, 64 replies at a time" in said, err
+    assert code == 0 and "chosen: --micro 4, 32 replies at a time" in said, err
     kept = data.read_json(tmp_path / "run/run.json")["settings"]
-    assert (kept["micro"], kept["replies"], kept["checkpointing"]) == (8, 64, False)
+    assert (kept["micro"], kept["replies"], kept["checkpointing"]) == (4, 32, False)
     (tmp_path / "run/results.json").unlink()
     monkeypatch.setattr(plan, "MOST_ON_A_CPU", 1)      # another machine would choose another
     code, said, err = go([*auto, "--resume"])
-    assert code == 0 and "--micro 8, 64 replies" in said, err
+    assert code == 0 and "--micro 4, 32 replies" in said, err
 
 LIMITED = """
 import resource, sys
