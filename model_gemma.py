@@ -95,8 +95,8 @@ def load_config(spec):
 
 # ---- the parts ----
 def by_hand(function, *args):
-    """function.apply: an operation with a gradient of its own; without gradients its forward alone.
-    apply costs 14 us a call, a tenth of a decoding step of a small model."""
+    """An operation with a gradient of its own; without gradients its forward alone.
+    apply costs 14 us a call, a tenth of a small model's decoding step."""
     if torch.is_grad_enabled():
         return function.apply(*args)
     return function.forward(SimpleNamespace(save_for_backward=lambda *kept: None), *args)
@@ -181,8 +181,8 @@ class Linear(nn.Linear):
         return product(x, self.weight)
 
 def product(x, W):
-    """x (..., in) W^T, W (out, in). Decoding on a CPU has few rows x: there it is (W x^T)^T.
-    The kernels take up to twice as long for 5 to 64 rows on the left as for as many columns on the right."""
+    """x (..., in) W^T, W (out, in); on a CPU a decoding step's few rows as (W x^T)^T.
+    Its kernels take up to twice as long for 5 to 64 rows on the left as for columns on the right."""
     few = x.device.type == "cpu" and not torch.is_grad_enabled() and 4 < x.numel() // x.shape[-1] <= 64
     if few and x.dtype == torch.float32:
         return (W @ x.flatten(0, -2).T).T.reshape(*x.shape[:-1], -1)
@@ -216,9 +216,9 @@ class Attention(nn.Module):
 
 class _Attend(torch.autograd.Function):
     """softmax(cap(scale q k^T) + mask) v, in the published order of operations; keeps only q, k and v.
-    Autograd would keep the scores three times, 134 MB a layer of the 9B at 4 x 512 tokens; they are made
-    again in the backward pass. q (B, H, T, d), k and v (B, K, S, d): a key/value head serves H / K
-    neighbouring query heads, taken as one block of rows, (B, K, H / K * T, d)."""
+    Autograd would keep the scores three times, 134 MB a layer of the 9B at 4 x 512; the backward pass makes
+    them again. q (B, H, T, d), k and v (B, K, S, d): a key/value head serves H / K neighbouring query heads,
+    taken as one block of rows, (B, K, H / K * T, d)."""
     @staticmethod
     def forward(ctx, q, k, v, mask, scale, cap):
         ctx.save_for_backward(q, k, v, mask)

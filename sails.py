@@ -108,8 +108,8 @@ def top_features(mu_aligned, mu_unaligned, k, score="absolute"):
 
 def strongest(values, k):
     """Indices (k,) of the largest of values (N,), largest first, of equal ones the lower first.
-    Of |t|, Delta over its standard error, that is a choice beyond the paper: |Delta| ranks by scale, so a
-    strong unrelated feature with a small relative tilt comes before a weak one of safety."""
+    By |t|, Delta over its standard error, is beyond the paper: |Delta| ranks by scale, so that a strong
+    unrelated feature, hardly tilted, comes before a weak one of safety."""
     if not 1 <= k <= len(values):
         raise ValueError(f"k = {k}: there are {len(values)} features to choose from")
     return values.sort(descending=True, stable=True).indices[:k]

@@ -64,7 +64,7 @@ def parser():
     a("--k", type=count, default=32, help="features chosen per layer")
     a("--tau", type=data.at_least(1e-9, float, 1), default=.8, help="share of the rows' variance to keep")
     a("--score", choices=("absolute", "relative", "t"), default="absolute",
-      help="the paper's v2 or v1; or |t|, which does not depend on a feature's scale")
+      help="the paper's v2 or v1; or |t|, which has no scale")
     a("--center", action="store_true", help="centre the decoder rows before PCA")
     a("--contrast", choices=("replies", "prompts"), default="replies", help="see sails.contrast_pairs")
     a("--last", type=count, default=3, help="prompt tokens that --contrast prompts averages")
@@ -592,7 +592,6 @@ def report(folder, runs):
     with data.expecting(f"a damaged file below {folder}", LookupError, TypeError, AttributeError, ValueError):
         if lead():
             _report(folder, runs)
-    together()
 
 def _report(folder, runs):
     paths = [Path(r.out) / "results.json" for r in runs]
