@@ -182,10 +182,10 @@ class Linear(nn.Linear):
 
 def product(x, W):
     """x (..., in) W^T, W (out, in); on a CPU a decoding step's few rows as (W x^T)^T.
-    Its kernels take up to twice as long for 5 to 64 rows on the left as for columns on the right."""
-    few = x.device.type == "cpu" and not torch.is_grad_enabled() and 4 < x.numel() // x.shape[-1] <= 64
-    if few and x.dtype == torch.float32:
-        return (W @ x.flatten(0, -2).T).T.reshape(*x.shape[:-1], -1)
+    Its kernels take twice as long for 5 to 64 rows on the left as for columns on the right."""
+    decoding = x.dim() == 3 and x.shape[1] == 1 and not torch.is_grad_enabled()  # x (B, 1, in)
+    if decoding and 4 < len(x) <= 64 and x.dtype == torch.float32 and x.device.type == "cpu":
+        return (W @ x[:, 0].T).T[:, None]
     return F.linear(x, W)
 
 class Attention(nn.Module):
@@ -216,9 +216,9 @@ class Attention(nn.Module):
 
 class _Attend(torch.autograd.Function):
     """softmax(cap(scale q k^T) + mask) v, in the published order of operations; keeps only q, k and v.
-    Autograd would keep the scores three times, 134 MB a layer of the 9B at 4 x 512; the backward pass makes
-    them again. q (B, H, T, d), k and v (B, K, S, d): a key/value head serves H / K neighbouring query heads,
-    taken as one block of rows, (B, K, H / K * T, d)."""
+    Autograd would keep the scores thrice, 134 MB a layer of the 9B at 4 x 512; backward() makes them
+    again. q (B, H, T, d), k and v (B, K, S, d): a key/value head serves H / K neighbouring query heads, taken
+    as one block of rows, (B, K, H / K * T, d)."""
     @staticmethod
     def forward(ctx, q, k, v, mask, scale, cap):
         ctx.save_for_backward(q, k, v, mask)
@@ -576,7 +576,7 @@ def generate(model, prompts, max_new, stop=(data.EOS,), temperature=0.0, seeds=N
     rngs = [torch.Generator().manual_seed(seed) for seed in seeds or []]
     cache, out, live = KVCache(), [[] for _ in prompts], list(range(len(prompts)))
     for _ in range(max_new):
-        logits = model.logits(model.hidden(ids, None if cache else keep, cache)[0][:, -1])  # (B, V)
+        logits = model.logits(model.hidden(ids, None if cache else keep, cache)[0][:, -1:])[:, 0]  # (B, V)
         finite(logits, "what the model says of the next token")
         greedy = temperature == 0
         ids = logits.argmax(-1) if greedy else _draw(logits / temperature, [rngs[i] for i in live])  # (B,)

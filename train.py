@@ -454,7 +454,7 @@ def subspace(s, model, sets, folder):
     reads = "model data shared sae width layers contrast contrast_data contrast_pairs last"
     key = [vars(s)[k] for k in reads.split()]
     if s.method in sails.READS_SAE:
-        saes = load_saes(s, model, sets)  # not kept: the 9B's five take 2.4 GB, which training needs
+        saes = load_saes(s, model, sets)  # not kept: the 9B's take 2.4 GB
     if s.method in sails.READS_DATA:
         rows = sets.train
         if s.contrast_data:
@@ -560,7 +560,7 @@ def each(jobs, runs):
     if jobs == 1:
         yield from map(quiet_run, runs)
     else:
-        _kept.clear()  # every process reads the data itself
+        _kept.clear()  # each reads the data itself
         with ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker) as pool:
             try:
                 yield from pool.map(quiet_run, runs)

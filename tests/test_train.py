@@ -184,7 +184,7 @@ def test_a_comparison_makes_a_folder_a_run_and_what_runs_share_once(compared):
         rows = {name: r.get("settings", r) for name, r in rows.items()}
         assert {name: (r["method"], r["lr"], r["seed"]) for name, r in rows.items()} == want
     # stage 1 is made once a seed; full moves the model, so that the next run loads it again
-    assert counts == dict(load_sets=1, load_saes=2, contrast_means=2, load_gemma=4, align=16)
+    assert counts == dict(load_sets=1, load_saes=8, contrast_means=2, load_gemma=4, align=16)
 
 def test_a_comparison_does_what_is_missing_and_reads_its_table_from_the_folders(compared, home, monkeypatch):
     (out, more, _), done, align = compared, [], train.align
