@@ -560,7 +560,7 @@ def each(jobs, runs):
     if jobs == 1:
         yield from map(quiet_run, runs)
     else:
-        _kept.clear()  # each reads the data itself
+        _kept.clear()  # each reads the data
         with ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker) as pool:
             try:
                 yield from pool.map(quiet_run, runs)
