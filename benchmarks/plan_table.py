@@ -48,7 +48,7 @@ def prepare(folder, name):
         return os.environ.get("SAILS_REAL") and Path(os.environ["SAILS_REAL"]) / "gemma-3-270m"
     published_shapes.SIZES.setdefault("middle", against_hf.MIDDLE)
     if not (folder / name / "tokenizer.json").exists():
-        published_shapes.write_weights(folder / name, name)
+        published_shapes.write_weights(folder / name, name, "cpu")
         tiny_world.tiny_world(0).tok.save(str(folder / name / "tokenizer.json"))
     return folder / name
 
