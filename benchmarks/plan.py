@@ -85,9 +85,8 @@ def phases(s, method, config, size, world=1):
         tokens = max(tokens, size.text if s.replay > 0 else 0)
         rows *= s.micro
         saved, *most = peaks(step, rows, tokens, rows * reply, s.objective == "rloo", s.replay > 0)
-        again = HEAP if cpu and s.checkpointing else 1  # a block made again lies in the heap too
         out["training"] = dict(trained=trained / world, activations=saved * (HEAP if cpu else 1),
-                               work=(max(most) - saved) * again)
+                               work=max(most) - saved)
         if s.objective == "rloo":
             drawn = max(peaks(generation, rows, size.prompt, s.max_new)) + 24 * rows * V  # float64 softmax
             out["drawing"] = dict(trained=trained / world, work=drawn)
