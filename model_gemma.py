@@ -585,10 +585,9 @@ def generate(model, prompts, max_new, stop=(data.EOS,), temperature=0.0, seeds=N
                 out[i].append(token)
         going = [n for n, i in enumerate(live) if out[i][-1] not in stop]
         # a rank of a sharded model that has ended goes along, with its last rows, until all have
-        if not going and not (model.sharded and any(data.gather(going))):
+        if not any(data.gather(going) if model.sharded else [going]):
             break
-            break
-        if len(going) < len(live):  # rows that have ended leave the batch
+        if 0 < len(going) < len(live):  # rows that have ended leave the batch
             live, ids = [live[n] for n in going], ids[going]
             cache.update({key: x[going] for key, x in cache.items()})
         ids = ids[:, None]
