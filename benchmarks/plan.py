@@ -57,7 +57,9 @@ def phases(s, method, config, size, world=1):
     """{phase: {part: bytes}} of a process with one method: what is held at once at a phase's peak.
     s.micro, s.replies and s.checkpointing are settled; each of `world` ranks holds a share of the base."""
     D, V, L, cpu = config.d_model, config.vocab_size, config.n_layers, s.device == "cpu"
-    whole, peaks = bare(shape(s, method, config)), lambda walk, *x: walked(walk, shape(s, method, config), *x)
+    form = shape(s, method, config)
+    only = form._replace(checkpointing=False)  # which what has no gradients does not know
+    whole, peaks = bare(form), lambda walk, *x: walked(walk, form if walk is step else only, *x)
     base = sum(p.nbytes for p in whole.parameters() if method == "full" or not p.requires_grad)
     trained = sum(p.numel() for _, p in lora.trainable(whole)) * (12 if method == "full" else 16)
     always = {"process": resident() if cpu else 0, "weights": base / world}
@@ -124,7 +126,8 @@ def largest(s, methods, config, size, limit, world, share):
     """The trial of the largest micro-batch that fits, with checkpointing only if none does without."""
     top = min(share, MOST_ON_A_CPU) if s.device == "cpu" else share
     for checkpointing in dict.fromkeys((s.checkpointing, True)):
-        for micro in [top >> i for i in range(top.bit_length())]:
+        done = trial(s, methods, config, size, limit, world, micro=1, checkpointing=checkpointing)
+        for micro in [top >> i for i in range(top.bit_length())] if done[2] else ():  # else none fits
             done = trial(s, methods, config, size, limit, world, micro=micro, checkpointing=checkpointing)
             if done[2]:
                 return done
@@ -133,9 +136,9 @@ def largest(s, methods, config, size, limit, world, share):
 def way_out(s, methods, config, size, *rest):
     """The flags with which a run would fit, or that none does."""
     narrow = {} if "full" in methods else {"--dtype bfloat16": dict(dtype="bfloat16")}
-    for flag, change in ({"": {}} | narrow).items():
-        for tokens in (size.pair, *(n for n in (256, 128, 64) if n < size.pair)):
-            short = SimpleNamespace(**{k: min(v, tokens) for k, v in vars(size).items()})
+    for tokens in (size.pair, *(n for n in (256, 128, 64) if n < size.pair)):
+        short = SimpleNamespace(**{k: min(v, tokens) for k, v in vars(size).items()})
+        for flag, change in ({"": {}} | narrow).items():
             t, _, fits = largest(SimpleNamespace(**vars(s) | change), methods, config, short, *rest)
             flags = [f"--micro {t.micro}", "--checkpointing" * (t.checkpointing > s.checkpointing), flag,
                      f"--max-tokens {tokens}" * (tokens < size.pair)]

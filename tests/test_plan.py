@@ -71,14 +71,13 @@ def test_phases_hold_what_the_objective_and_the_method_keep(home):
 def test_a_layer_of_the_9bs_shape_saves_at_most_300_mb_at_4_x_512_tokens():
     nine = RAW | dict(hidden_size=3584, num_hidden_layers=42, intermediate_size=14336, num_attention_heads=16,
                       num_key_value_heads=8, head_dim=256, vocab_size=256000)
-    s = settings("--r 16", dtype="bfloat16")
-    shape = plan.shape(s, "lora", model_gemma.config_from_json(nine))
+    shape = plan.shape(settings("--r 16", dtype="bfloat16"), "lora", model_gemma.config_from_json(nine))
     assert count.walked(count.step, shape, 4, 512, 1024)[0] / 42 < 300e6
 
 def test_auto_takes_the_largest_that_fits_and_checkpointing_only_if_it_must(home, monkeypatch):
     monkeypatch.setattr(plan, "resident", lambda: 0)
     config, size = model_gemma.load_config(home.model), plan.sizes(settings())
-    size.held, size.asked, size.pair = 8, 0, 256       # so that training is the largest phase
+    size.held, size.asked, size.pair = 8, 0, 256       # training is the largest phase
     ask = ["lora"], config, size
     total = lambda n, again: plan.peak(plan.trial(settings(), *ask, 0, 1, micro=n, checkpointing=again)[1])[1]
     four, one, less = total(4, False), total(1, False), total(1, True)
