@@ -93,11 +93,13 @@ def start(args, cwd, *launcher):
     return subprocess.Popen([sys.executable, *launcher, f"{TOP}/train.py", *args], cwd=cwd, text=True,
                             env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        return s.getsockname()[1]
+
 def by_two():
     """The launcher of two processes, on a port that is free."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"-m torch.distributed.run --nproc-per-node 2 --master-port {free.getsockname()[1]}".split()
+    return f"-m torch.distributed.run --nproc-per-node 2 --master-port {free_port()}".split()
 
 def trained(home, out, more=""):
     """A run by the command: its folder, what it printed, what align got and made of the weights."""

@@ -2,7 +2,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ if __name__ == "__main__":
 import data
 import model_gemma
 import train
-from conftest import FIT, by_two, command, go, parity, start
+from conftest import FIT, by_two, command, free_port, go, parity, start
 
 def rank_main(rank, n, port, out, fault, args):
     """One rank, with a fault: {"dies" | "stops" | "other base": at which rank or step}."""
@@ -59,10 +58,6 @@ def serve():
         store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True)  # as torchrun keeps one
         print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
         del store
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        return s.getsockname()[1]
 
 @pytest.fixture(scope="module")
 def fork(tmp_path_factory):

@@ -154,6 +154,7 @@ def test_a_download_cut_in_the_middle_goes_on_where_it_broke(go, hub, tmp_path):
     assert asked == [(200, None), (206, "bytes=10485760-")]
     assert np.array_equal(np.fromfile(Path(done.stdout.strip()) / SHARD, dtype=np.int32), numbers)
 
+@pytest.mark.slow
 def test_a_busy_hub_is_asked_again_and_one_out_of_order_is_done_without_if_all_is_cached(go, hub):
     hub.broken = {MODEL: (503, None, "busy")}
     threading.Timer(1.5, hub.broken.clear).start()

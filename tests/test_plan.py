@@ -107,6 +107,7 @@ size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + {more}, -1))
 data.run_main(train.main)"""
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's size of a process")
 def test_under_a_memory_limit_a_run_is_refused_with_a_flag_before_weights_are_read(home, tmp_path):
     model = tmp_path / "model"

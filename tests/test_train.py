@@ -135,6 +135,7 @@ def test_resuming_a_finished_run_changes_nothing(run, home):
     assert go(command(home, run.out, f"--test {home.test} --resume"))[0] == 0 and content() == before
 
 # ---- before a run ----
+@pytest.mark.slow
 def test_a_dry_run_counts_the_9b_under_any_name_and_makes_no_folder(tmp_path):
     data.write_json(tmp_path / "config.json", dict(
         model_type="gemma2", vocab_size=256000, num_hidden_layers=42, hidden_size=3584, head_dim=256,
