@@ -248,7 +248,7 @@ def share(items, desc):
     """Yield (item, whether it counts) of this rank's share of the work, with a bar.
     All get as many, because a sharded model answers only when all ask: some work counts elsewhere."""
     (rank, n), last = ranks(), len(items)
-    quiet = None if lead() and last > 10 else True
+    quiet = None if lead() and last > 1 else True
     for i in progress(range(rank, -(-last // n) * n, n), desc=desc, disable=quiet):
         yield items[i % last], i < last
 

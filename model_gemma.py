@@ -96,7 +96,7 @@ def load_config(spec):
 # ---- the parts ----
 def by_hand(function, *args):
     """An operation with a gradient of its own; without gradients its forward alone.
-    apply costs 14 us a call, a tenth of a small model's decoding step."""
+    apply costs 14 us a call, which a small model's decoding feels."""
     if torch.is_grad_enabled():
         return function.apply(*args)
     return function.forward(SimpleNamespace(save_for_backward=lambda *kept: None), *args)
@@ -182,7 +182,7 @@ class Linear(nn.Linear):
 
 def product(x, W):
     """x (..., in) W^T, W (out, in); on a CPU a decoding step's few rows as (W x^T)^T.
-    Its kernels take twice as long for 5 to 64 rows on the left as for columns on the right."""
+    Its kernels take up to twice as long for 5 to 64 rows on the left as for columns on the right."""
     decoding = x.dim() == 3 and x.shape[1] == 1 and not torch.is_grad_enabled()  # x (B, 1, in)
     if decoding and 4 < len(x) <= 64 and x.dtype == torch.float32 and x.device.type == "cpu":
         return (W @ x[:, 0].T).T[:, None]

@@ -27,7 +27,6 @@ Run it (`python sails.py`) to check the claims: two tables, a verdict each, exit
 import math
 from collections import defaultdict
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 

@@ -1,6 +1,6 @@
 """plan.py - what a run will hold in memory, before any weight is loaded, and the micro-batch that fits.
 
-    python train.py --model M --dry-run      prints the plan's table; every run prints it in three lines
+    python train.py --model M --dry-run      prints the plan's table; every run prints two lines of it
 
 Activations are counted, see count.py; weights, what is trained, SAEs and the reference come on top. Phases
 follow each other: the largest is the peak, not their sum. benchmarks/plan_table.py holds all this against
@@ -12,9 +12,6 @@ import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
-
-import torch
-import torch.distributed as dist
 
 import data
 import eval as evaluation
@@ -111,24 +108,25 @@ def width(name):
     return 2 ** round(math.log2(int(number[0]) * unit)) if number and int(number[0]) else 0
 
 # ---- the choice ----
-def trial(s, methods, config, size, limit, world, **changes):
+def trial(s, methods, config, size, limit, ranks, **changes):
     """Settings with changes, their largest method's phases; replies at a time halved until they fit."""
     s = SimpleNamespace(**vars(s) | changes)
+    world = lambda method: ranks if s.shard or method == "full" else 1  # as train.py cuts models up
     s.replies = 8 * s.micro  # as many more as where something trains
     while True:
-        plan = max((phases(s, m, config, size, world) for m in methods), key=lambda p: peak(p)[1])
+        plan = max((phases(s, m, config, size, world(m)) for m in methods), key=lambda p: peak(p)[1])
         phase, total = peak(plan)
         if total <= limit or phase != "evaluation" or s.replies == 1:
             return s, plan, total <= limit
         s.replies //= 2
 
-def largest(s, methods, config, size, limit, world, share):
+def largest(s, methods, config, size, limit, ranks, share):
     """The trial of the largest micro-batch that fits, with checkpointing only if none does without."""
     top = min(share, MOST_ON_A_CPU) if s.device == "cpu" else share
     for checkpointing in dict.fromkeys((s.checkpointing, True)):
-        done = trial(s, methods, config, size, limit, world, micro=1, checkpointing=checkpointing)
+        done = trial(s, methods, config, size, limit, ranks, micro=1, checkpointing=checkpointing)
         for micro in [top >> i for i in range(top.bit_length())] if done[2] else ():  # else none fits
-            done = trial(s, methods, config, size, limit, world, micro=micro, checkpointing=checkpointing)
+            done = trial(s, methods, config, size, limit, ranks, micro=micro, checkpointing=checkpointing)
             if done[2]:
                 return done
     return done
@@ -144,7 +142,7 @@ def way_out(s, methods, config, size, *rest):
                      f"--max-tokens {tokens}" * (tokens < size.pair)]
             if fits:
                 return "with " + " ".join(filter(None, flags)) + " it fits"
-    return "no flag makes it fit" + ("; --shard under torchrun spreads it" if hasattr(s, "shard") else "")
+    return "no flag makes it fit" + "; --shard under torchrun spreads it" * (not s.shard)
 
 def show(s, config, plan):
     """Print a dry run's table: what would be trained, then the phases' parts in GB."""
@@ -160,20 +158,17 @@ def show(s, config, plan):
 def settle(s, runs, config, sets=None):
     """Set micro, replies and checkpointing of s and its runs, or refuse; the plan's phases and the room.
     run.json of a run that has begun holds its choice: another micro-batch would round otherwise."""
-    cpu, ranks = s.device == "cpu", dist.get_world_size() if dist.is_initialized() else 1
+    cpu, ranks = s.device == "cpu", data.ranks()[1]
     there = room(s.device, resident() if cpu else 0)
     there /= max(s.jobs, int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if cpu else 1
+    there = min(data.gather(there))  # all choose alike
     begun = [path for r in runs if (path := Path(r.out) / "run.json").exists()]
     kinds = dict(micro=range(1, 10 ** 6 + 1), replies=range(1, 10 ** 8), checkpointing=bool)
     old = [data.check(data.read_json(path, settings=dict)["settings"], path, **kinds) for path in begun[:1]]
-    if ranks > 1:  # all choose alike
-        least = torch.tensor([there], dtype=torch.float64, device=s.device)
-        dist.all_reduce(least, dist.ReduceOp.MIN)
-        there = least.item()
     reads = lambda m: (m != "base", m in sails.READS_SAE, m in sails.READS_DATA)  # who reads more holds more
     some = {r.method for r in runs}
     ask = {*(some & {"full"}), max(some - {"full"}, key=reads)}, config, sizes(s, sets)
-    rest = ranks if vars(s).get("shard") else 1, -(-s.batch // ranks)
+    rest = ranks, -(-s.batch // ranks)
     auto = s.micro == "auto"
     if old and auto:
         s.micro, s.checkpointing = old[0]["micro"], s.checkpointing or old[0]["checkpointing"]

@@ -82,7 +82,7 @@ def check(folder):
             out = folder / f"run-{n}-{time.time():.0f}"
             said = alone(folder, "--run", f"--model {path} --out {out} {short} {more}")
             planned, phase = re.search(PRINTED, said).groups()
-            measured, planned = int(said.split()[-1]) / 1e6, float(planned)
+            measured, planned = int(said.split()[-1]) / 1e9, float(planned)
             rows[name] = {"planned, GB": planned, "largest phase": phase, "measured, GB": measured,
                           "planned / measured": planned / measured}
             print(name, rows[name], file=sys.stderr, flush=True)
@@ -92,15 +92,11 @@ def check(folder):
             print(alone(folder, "--heap", path).strip(), flush=True)
     print(alone(folder, "--speed", prepare(folder, "middle")).strip())
 
-def kernel(key):
-    """A line of this process's status, in kB."""
-    return count.found("/proc/self/status", rf"{key}:\s*(\d+)", 0)
-
 def one_run(args):
-    """A run of train.py; the last word printed is the process's peak in kB."""
+    """A run of train.py; the last word printed is the process's peak in bytes."""
     sys.argv = ["train.py", *args.split()]
     train.main()
-    print(kernel("VmHWM"))
+    print(against_hf.resident("VmHWM"))
 
 def adapted(path):
     """A model with adapters from a folder, in the dtype of its files."""
@@ -115,7 +111,7 @@ def heap(path):
     """What a forward pass of 4 x 128 tokens adds to the process, over the bytes that it saves."""
     count.resident()
     model, saved = adapted(path), {}
-    before, weights = kernel("VmRSS"), {p.data_ptr() for p in model.parameters()}
+    before, weights = against_hf.resident("VmRSS"), {p.data_ptr() for p in model.parameters()}
 
     def pack(t):
         if t.untyped_storage().data_ptr() not in weights:
@@ -123,7 +119,7 @@ def heap(path):
         return t
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         h, _ = model.hidden(torch.randint(3, 300, (4, 128)))
-    grew, counted = (kernel("VmRSS") - before) / 1e6, sum(saved.values()) / 1e9
+    grew, counted = (against_hf.resident("VmRSS") - before) / 1e9, sum(saved.values()) / 1e9
     print(f"heap, {path.name}: {grew:.2f} GB for {counted:.2f} GB saved: {grew / counted:.2f}")
     assert h.requires_grad
 
@@ -160,13 +156,14 @@ def table():
             s = train.settings(f"--model M --method {method} --dtype {dtype} --width {width}".split())
             s.device, s.layers = "cuda", layers
             for device, (memory, *rates, ranks) in DEVICES.items():
-                for world in dict.fromkeys((1, ranks)):  # sharded only if it must be
-                    ask = [method], config, LENGTHS, plan.SPARE * memory * 1e9, world, BATCH // ranks
+                for s.shard in dict.fromkeys((False, ranks > 1)):  # only if it must be; full always is
+                    ask = [method], config, LENGTHS, plan.SPARE * memory * 1e9, ranks, BATCH // ranks
                     t, phases, fits = plan.largest(s, *ask)
                     if fits:
                         break
                 phase, total = plan.peak(phases)
-                choice = f"{t.micro}" + ", checkpointing" * t.checkpointing + ", sharded" * (world > 1)
+                cut = ranks > 1 and (s.shard or method == "full")
+                choice = f"{t.micro}" + ", checkpointing" * t.checkpointing + ", sharded" * cut
                 name = f"{size}, {'LoRA r 16, bf16' if method == 'sails' else 'full, fp32'}, {device}"
                 rows[name] = {"GB a device": total / 1e9, "largest phase": phase,
                               "micro-batch": choice if fits else "does not fit",

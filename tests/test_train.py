@@ -15,7 +15,7 @@ import model_gemma
 import sae as sae_module
 import sails
 import train
-from conftest import FIT, command, go, parity, random_gemma, random_sae, start, trained
+from conftest import FIT, command, go, parity, random_gemma, random_sae, trained
 
 def log(folder):
     """log.jsonl without its timing."""
