@@ -208,7 +208,7 @@ def last_word(line, code):
     """Print why all ends, once for all ranks; a rank ends here, for others may never answer it."""
     told, env = 0, os.environ
     if "RANK" in env:
-        on_signals(lambda number, frame: os._exit(code))  # torchrun ends who is still here
+        on_signals(lambda number, frame: None)  # torchrun ends who is still here; the word comes first
     if dist.is_initialized():
         at, life = (env["MASTER_ADDR"], int(env["MASTER_PORT"])), env.get("TORCHELASTIC_RESTART_COUNT")
         with contextlib.suppress(RuntimeError):  # torchrun's store may be gone with its machine
