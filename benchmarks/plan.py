@@ -20,8 +20,8 @@ import sails
 from benchmarks.count import Shape, bare, generation, resident, room, scoring, step, walked
 from data import need, say
 
-MOST_ON_A_CPU = 4  # 8 or 16 are no faster a row there and need more memory: results/plan_table.md
-HEAP = 1.4  # heap per byte of saved activations: glibc left 0 to .7 of holes, see results/plan_table.md
+MOST_ON_A_CPU = 4  # 8 or 16 are hardly faster a row there and need more memory: results/plan_table.md
+HEAP = 1.4  # heap per byte of saved activations: glibc left up to .9 of holes, see results/plan_table.md
 SPARE = .9  # share of the free memory that `auto` fills: the allocators of GPUs leave holes too
 
 def micro(text):
