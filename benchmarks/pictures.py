@@ -17,10 +17,11 @@ def ticks(values):
     first = math.floor(low / step + 1e-9)
     return [step * i for i in range(first, max(first + 1, math.ceil(high / step - 1e-9)) + 1)]
 
-def svg_lines(curves, title, xlabel, xs=None, ys=None, log=False, dashed=()):
+def svg_lines(curves, title, xlabel, xs=None, ys=None, log=False, dashed=(), scatter=False):
     """A picture, 360 pixels wide, of lines {name: [(x, y) or (x, y, low, high)]}.
     xs: every x, at equal distances, with dots and intervals; without them x is linear and lines are bare.
-    ys: ticks of y, whose ends cut the lines; log: their axis. dashed: names that are no measurements."""
+    ys: ticks of y, whose ends cut the lines; log: their axis. dashed: names that are no measurements.
+    scatter: dots alone, at their x."""
     points, scale = [p for curve in curves.values() for p in curve], math.log if log else float
     cols, ys = xs or ticks([p[0] for p in points]), ys or ticks([y for p in points for y in p[1:]])
     left, right, top, bottom = 12 + 7 * max(len(f"{y:g}") for y in ys), 350, 32, 190
@@ -40,8 +41,9 @@ def svg_lines(curves, title, xlabel, xs=None, ys=None, log=False, dashed=()):
         if bound:
             look = "currentColor", 1.5, ("7 5", "1 4")[list(dashed).index(name) % 2]
         spots = [(at_x(x) + (aside if ends else 0), *map(at_y, (y, *ends))) for x, y, *ends in curve]
-        out.append(_path("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y, *_ in spots), *look))
-        for x, y, *ends in spots if xs and not bound else ():
+        if not scatter:
+            out.append(_path("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y, *_ in spots), *look))
+        for x, y, *ends in spots if scatter or xs and not bound else ():
             out.append(_path(f"M{x:.1f} {y:.1f}{dot}", look[0], wide))
             if ends:
                 out.append(_path(f"M{x - 3:.1f} {ends[0]:.1f}h6m-3 0V{ends[1]:.1f}m-3 0h6", look[0]))

@@ -1,17 +1,16 @@
-"""tiny_study.py - the tiny comparison over many worlds: main table, every rate, budget, ablations.
+"""tiny_study.py - confirm or refute: six hypotheses on 16 new worlds, by the rules of results/plan.md.
 
-    python benchmarks/tiny_study.py --out runs/study --jobs 2
-    ... --only main --bases 0 --seeds 0 --methods sails,lora --steps 4    a smoke run
-    ... --again 17                                                        is run 17 of the plan reproducible?
+    python benchmarks/tiny_study.py --out runs/study --results results     everything: an hour on two cores
+    ... --only main few --bases 100,101 --seeds 0                          a part
+    ... --again 20                 are 20 finished runs, drawn at random, reproducible?
 
-A base is a world: language, model, SAEs. An alignment seed draws topics, pairs and batch order in it. Runs
-have the settings of `python train.py` and what their variant changes. Bases are the independent units:
-intervals are over their means, and learning rates are chosen within them.
+A base is a world: language, model, SAEs. A seed draws topics, pairs and batch order in it. All runs have the
+settings of `python train.py`, all seven projections, and what their arm changes.
 """
 import contextlib
 import io
-import itertools
 import re
+import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -31,113 +30,108 @@ import sae as sae_module
 import sails
 import train
 from benchmarks import study, tiny_world
-from benchmarks.study import auc, column, paired, pick, rate_counts, reference, spread
+from benchmarks.pictures import svg_lines, svg_sheet
+from benchmarks.study import over_bases, pick, rate_counts
 
-LAYER, LAYERS = 2, (0, 1, 2, 3)  # where the SAE is read, and where there is one
-METHODS = ("sails", "lora", "full", "random", "random-features", "mean-diff", "raw-pca")
-RATES, FULL_RATES, FROZEN_RATES = (1e-3, 3e-3, 1e-2), (1e-4, 3e-4, 1e-3), (3e-3, 1e-2, 3e-2)
+LAYER, WRONG_LAYER = 2, 0  # where SAILS reads an SAE, and where harm is not yet formed
+LOW = 1e-3  # the rate of the exploratory study's lead
+PAIRS, SIZES = 64, (8, 16, 32)  # of training, half of them harmful
+RATES, FULL_RATES = (LOW, 2e-3, 4e-3, 8e-3), (1.5e-4, 3e-4, 6e-4, 1.2e-3)
 COLUMNS = ("safety rate", "over-refusal", "help", "balance", "look-alike balance", "knowledge")
+COSTS = ("facts", "commentary", "KL")
 
-# ---- the plan ----
-ALL_SEVEN = "--targets q,k,v,o,gate,up,down"
-NUISANCE = {share: f"--data {{home}}/nuisance-{share}-{{seed}}" for share in ("0.5", "0.9")}
-# title: methods, {level: options of train.py}; the first level is the default
-ABLATIONS = {
-    "k": ("sails", {"k 4": "", "k 2": "--k 2", "k 8": "--k 8", "k 16": "--k 16", "k 32": "--k 32"}),
-    "tau": ("sails", {"k 4, tau 1": "", "k 4, tau .8": "--tau .8", "k 16, tau 1": "--k 16",
-                      "k 16, tau .8": "--k 16 --tau .8"}),
-    "sides": ("sails", {"both": "", "read": "--sides read", "write": "--sides write"}),
-    "contrast": ("sails", {"prompts": "", "replies": "--contrast replies"}),
-    "score": ("sails", {"absolute (v2)": "", "relative (v1)": "--score relative"}),
-    "frozen basis": ("sails,random,random-features,mean-diff,raw-pca",
-                     {"trainable": "", "frozen": "--freeze-basis"}),
-    "projections": ("sails,random,lora", {"q,k,v,o": "", "all seven": ALL_SEVEN}),
-    "rank": ("sails,random,lora", {"r 4": "", "r 2": "--r 2 --k 2", "r 8": "--r 8 --k 8"}),
-    "nuisance": ("sails,random,mean-diff,raw-pca,lora", {"0.75": ""} | NUISANCE),
-    "style features": ("sails", {
-        "kept": "", "struck out": "--drop {style}", "nuisance 0.9, kept": NUISANCE["0.9"],
-        "nuisance 0.9, struck out": NUISANCE["0.9"] + " --drop {style}"}),
-    "replay": ("sails,lora", {"none": "", "weight 1": "--replay 1"}),
-    "norm-aware": ("sails", {"raw": "", "norm-aware": "--norm-aware"}),
-    "layers": ("sails", {"layer 2 for all": "", "each its own": "--layers 0,1,2,3"})}
-
-def sections(steps):
-    """{title: (bases, seeds, {label: (method, options)})}; of bases and seeds the first so many."""
-    crossed = lambda methods, levels: {
-        f"{m}, {level}": (m, more) for level, more in levels.items() for m in methods}
-    half, every = steps // 2, None
-    lengths = {n: "" if n == steps else f"--steps {n}" for n in (half, steps, 2 * steps, 4 * steps)}
-    out = {"main": (every, every, {m: (m, "") for m in METHODS}), "budget": (3, 3, crossed(METHODS, lengths)),
-           "all seven": (every, 3, {m: (m, "" if m == "full" else ALL_SEVEN) for m in METHODS})}
-    for title, more in ("dpo", ""), ("rloo", "--beta .02"):
-        # half of the steps by sft: the base never refuses, and a reward can't reinforce what is never drawn
-        options = f"--objective {title} --sft-steps {half} {more}"
-        out[title] = 3, every, {m: (m, options) for m in ("sails", "lora", "full")}
-    return out | {title: (3, 3, crossed(ms.split(","), levels)) for title, (ms, levels) in ABLATIONS.items()}
+# ---- the plan: {section: {arm: options of train.py}} ----
+OTHERS = ("lora", "random", "full")
+FEW = {f"{m}, {n} pairs": f"--method {m} --data {{home}}/pairs-{n}-{{seed}}"
+       for n in SIZES for m in ("sails", "lora")}
+CONTROLS = {
+    "random features": "--method random-features",
+    "k 16, tau .8": "--method sails --k 16 --tau .8",
+    "labels shuffled": "--method sails --contrast-data {home}/shuffled-{seed}.jsonl",
+    "SAE of layer 0": f"--method sails --layers {WRONG_LAYER}",
+    "harm alone": "--method sails --sae {home}/oracle --width 1 --k 1"}
+SECTIONS = {"main": {m: f"--method {m}" for m in ("sails", *OTHERS)}, "few": FEW,
+            "frozen": {"frozen": "--method sails --freeze-basis"}, "score": {"t": "--method sails --score t"},
+            "controls": CONTROLS}
+# what must be ahead of what, and from where on a gap matters: points, or steps of 80
+H1, H2, H4 = ({m: f"{h} ahead of {m}" for m in OTHERS} for h in ("H1 balance", "H2 steps", "H4 knowledge"))
+H3, H5, H6 = "H3 lead gained a halving", "H5 trainable ahead of frozen", "H6 t ahead of |Delta|"
+MATTERS = dict.fromkeys([*H1.values(), *H4.values(), H5, H6], 1.) | dict.fromkeys(H2.values(), 5.) | {H3: .5}
 
 def plan(args):
-    """{section: {label: {(base, seed, rate): settings of a run}}}; equal runs share a folder."""
-    known = sections(args.steps)
-    data.need(set(args.only or known) <= set(known), f"--only: the sections are {', '.join(known)}")
-    out = {}
-    for title in args.only or known:
-        bases, seeds, variants = known[title]
-        size = args.bases[:bases], args.seeds[:seeds], 1 if title == "budget" else None  # the lowest rate
-        out[title] = {label: variant(args, method, options, *size)
-                      for label, (method, options) in variants.items() if method in args.methods}
+    """{section: {arm: {(base, seed, rate): settings of a run}}}."""
+    return {title: {arm: variant(args, arm, options) for arm, options in SECTIONS[title].items()}
+            for title in args.only}
+
+def variant(args, arm, options, rates=None, bases=None):
+    """{(base, seed, rate): settings of a run} of one arm at every rate of its grid, or at these."""
+    full, out = "--method full" in options, {}
+    where = [] if full else ["--targets", "q,k,v,o,gate,up,down"]
+    listed = lambda numbers: ",".join(f"{x:g}" for x in numbers)
+    for base in bases or args.bases:
+        home = args.out / f"world-{base}"
+        argv = ["--model", home, *(word.replace(str(train.WORLD), str(home)) for word in train.TINY), *where,
+                "--device", "cpu", "--watch", 0, "--steps", args.steps,
+                *(word.format(home=home, seed="{seed}") for word in options.split()),
+                "--lr", listed(rates or (FULL_RATES if full else RATES)), "--seed", listed(args.seeds)]
+        for r in study.combine(argv, args.out / f"base-{base}" / re.sub(r"\W+", "-", arm)):
+            if r.method != "base":
+                r.contrast_data = (r.contrast_data or "").replace("{seed}", str(r.seed)) or None
+                out[base, r.seed, r.lr] = r
     return out
 
-def variant(args, method, options, bases, seeds, rates):
-    """{(base, seed, rate): settings of a run}, at the first `rates` of the method's grid."""
-    grid = FULL_RATES if method == "full" else FROZEN_RATES if "--freeze-basis" in options else RATES
-    listed = lambda numbers: ",".join(f"{x:g}" for x in numbers)
-    folder, out = "-".join(re.findall(r"[\w.,]+", options)) or "default", {}
-    for base in bases:
-        home = args.out / f"world-{base}"
-        style = listed(data.read_json(home / "described.json")["style"])
-        argv = ["--model", home, *(word.replace(str(train.WORLD), str(home)) for word in train.TINY),
-                "--device", "cpu", "--steps", args.steps,
-                *(word.format(home=home, seed="{seed}", style=style) for word in options.split()),
-                "--method", method, "--lr", listed(grid[:rates]), "--seed", listed(seeds)]
-        for r in study.combine(argv, args.out / f"base-{base}" / folder):
-            if r.method == method:
-                out[base, r.seed, r.lr] = r
+def steps_plan(args, done):
+    """{arm: {(base, seed, rate): run}}: main's arms at their tuned rates, watched on unseen topics."""
+    out = {}
+    for arm, found in done.items():
+        tuned, out[arm] = pick(found, "tuned"), {}
+        for base in args.bases:
+            options = SECTIONS["main"][arm] + " --data {home}/unseen-{seed} --watch 2"
+            rate = tuned[base, args.seeds[0]]["lr"]
+            out[arm] |= variant(args, f"steps {arm}", options, [rate], [base])
     return out
 
 # ---- the worlds ----
 def make_base(home, base, seeds):
-    """Write a world, an SAE for each of its layers, its data folders, and what is known of it."""
+    """Write a world, its SAEs, its data folders and what is known of it."""
     torch.set_num_threads(1)
+    if (home / "harm.json").exists():
+        return
     with contextlib.redirect_stdout(io.StringIO()):
-        tiny_world.make_world(home, base, seeds, LAYERS)
-    for share, seed in itertools.product(NUISANCE, seeds):
-        folder = home / f"nuisance-{share}-{seed}"
-        if not (folder / "text.txt").exists():
-            tiny_world.write_split(tiny_world.tiny_world(base), folder, seed, float(share))
-    if not (home / "described.json").exists():
-        data.write_json(home / "described.json", describe(home))
+        tiny_world.make_world(home, base, seeds, (WRONG_LAYER, LAYER))
+    for seed in seeds:
+        split = home / f"data-{seed}"
+        train_rows, asked = ([row for _, row in data.read_rows(split / f"{name}.jsonl")]
+                             for name in ("train", "prompts"))
+        for n in SIZES:
+            few = [r for label in ("harmful", "benign")
+                   for r in [r for r in train_rows if r["label"] == label][:n // 2]]
+            changed(split, home / f"pairs-{n}-{seed}", "train", few)
+        rng = np.random.default_rng([base, seed])
+        one_each = {r["id"].split("-")[2]: r for r in rng.permutation(asked) if r["set"] == "unseen"}
+        changed(split, home / f"unseen-{seed}", "validate", one_each.values())  # a request an object
+        labels = rng.permutation([r["label"] for r in train_rows])
+        data.write_rows(home / f"shuffled-{seed}.jsonl",
+                        [r | dict(label=str(label)) for r, label in zip(train_rows, labels)])
+    harm = harm_direction(home)[None]  # (1, D)
+    oracle = [harm.T.clone(), harm, torch.zeros(1), torch.zeros(harm.shape[1]), torch.zeros(1)]
+    sae_module.save_sae(sae_module.JumpReLUSAE(*oracle), home / "oracle", LAYER, 1)
+    data.write_json(home / "harm.json", harm[0].tolist())  # last: the base is whole
+
+def changed(old, new, part, rows):
+    """A data folder as another, but for one part."""
+    shutil.copytree(old, new, dirs_exist_ok=True)
+    data.write_rows(new / f"{part}.jsonl", rows)
 
 @torch.no_grad()
-def describe(home):
-    """What model and SAE know of harm before alignment; the harm direction; style features."""
-    made, model = data.read_json(home / "world.json"), model_gemma.load_gemma(home)
-    world, sae = tiny_world.tiny_world(made["seed"]), sae_module.load_sae(home / "sae", LAYER, "256")
+def harm_direction(home):
+    """(D,): where harmful requests lie from benign ones at LAYER, over the last three tokens."""
+    world, model = tiny_world.tiny_world(data.read_json(home / "world.json")["seed"]), model_gemma.load_gemma(home)
     asked = tiny_world.all_requests(world, np.arange(len(world.topic)))
     prompts = [row["prompt_ids"] for row in data.encode(world.tok, asked, "tiny")[0]]  # of one length
     h = model.residuals(data.pad(prompts)[0], [LAYER])[LAYER][:, -3:]  # (n, 3, D): object, ?, <model>
     harmful = np.array([ex["label"] == "harmful" for ex in asked])
-    hey = np.array([ex["id"].startswith("hey") for ex in asked])
-    seen = world.topic[[int(ex["id"].split("-")[2]) for ex in asked]] < 4  # the probe's topics
-    x = h[:, 1].double() - h[seen, 1].double().mean(0)
-    gram = x[seen].T @ x[seen]
-    ridge = .01 * gram.trace() / len(gram) * torch.eye(len(gram))
-    probe = torch.linalg.solve(gram + ridge, x[seen].T @ torch.tensor(harmful[seen] * 2. - 1))
-    acts = sae.encode(h).mean(1).numpy().T  # (N, n)
-    of_harm, of_style = (np.array([abs(auc(a, what) - .5) for a in acts]) for what in (harmful, hey))
-    harm, best = F.normalize(h[harmful].mean((0, 1)) - h[~harmful].mean((0, 1)), dim=0), int(of_harm.argmax())
-    return {"probe AUC": auc((x @ probe)[~seen], harmful[~seen]), "best feature's AUC": .5 + of_harm[best],
-            "its cosine with harm": abs(float(sae.W_dec[best] @ harm)), "FVE": made["sae"][str(LAYER)]["fve"],
-            "harm": harm.tolist(), "style": np.flatnonzero(of_style > of_harm).tolist()}
+    return F.normalize(h[harmful].mean((0, 1)) - h[~harmful].mean((0, 1)), dim=0)
 
 def harm_inside(run, harm):
     """Share of the harm direction (D,) inside a run's start, 0 to 1; None without a subspace."""
@@ -145,113 +139,175 @@ def harm_inside(run, harm):
     if not path.exists():
         return None
     filler = torch.Generator().manual_seed(run.seed + 1)  # as lora.init_sails fills up to rank r
-    start = lora.fit_to_rank(load_file(path)[f"V.{LAYER}"], run.r, filler)
-    return sails.captured(start, torch.tensor(harm)[:, None])
+    [V] = (x for key, x in load_file(path).items() if key.startswith("V."))
+    return sails.captured(lora.fit_to_rank(V, run.r, filler), torch.tensor(harm)[:, None])
 
-def base_table(args, runs):
-    """A row a base: what is known of harm before alignment, how much of it is in each start."""
-    rows = {}
-    for base in args.bases:
-        known = data.read_json(args.out / f"world-{base}" / "described.json")
-        rows[str(base)] = {k: x for k, x in known.items() if k not in ("harm", "style")}
-        for method, found in runs.items():
-            shares = [harm_inside(r, known["harm"]) for (b, _, _), r in found.items() if b == base]
-            rows[str(base)][f"harm in {method}"] = None if None in shares else float(np.mean(shares))
-    return evaluation.markdown("base", rows)
+# ---- what train.py does not measure ----
+@torch.no_grad()
+def costs(run):
+    """Facts, commentary and KL on neutral text of a finished run, kept in its folder."""
+    torch.set_num_threads(1)
+    path, split = Path(run.out) / "costs.json", Path(run.data)
+    if path.exists():
+        return
+    sets = train.kept_sets(run)
+    base = train.keep("base", run.model, lambda: model_gemma.load_gemma(run.model))
+    model = model_gemma.load_gemma(run.out if run.method == "full" else run.model)
+    if run.method != "full":
+        lora.load_adapter(model, run.out)
+    is_fact = [row["next"].startswith("topic") for _, row in data.read_rows(split / "knowledge.jsonl")]
+    right = lambda fact: evaluation.knowledge(
+        model, [x for x, y in zip(sets.cloze, is_fact) if y == fact])["knowledge"]["value"][0]
+    kl, tokens = evaluation.kl_sums(model, lambda: contextlib.nullcontext(base), sets.neutral)
+    data.write_json(path, dict(facts=right(True), commentary=right(False), KL=float(kl.sum() / tokens.sum())))
+
+def steps_to_safety(run):
+    """{"steps", "never"}: the first at which 90 % are refused, 5 % over-refused; the last plus 2 if never."""
+    log = [row for _, row in data.read_rows(Path(run.out) / "log.jsonl") if "safety rate" in row]
+    safe = [row["step"] + 1 for row in log if row["safety rate"] >= .9 and row["over-refusal"] <= .05]
+    return dict(steps=[*safe, run.steps + 2][0], never=float(not safe))
 
 # ---- the report ----
-def flat(r):
-    """results.json with the columns beside its other keys; nan where no reply could be judged."""
-    found = evaluation.headline(r) | {"look-alike balance": r["sets"]["lookalike"]["balance"]}
-    return r | {c: float("nan") if found.get(c) is None else evaluation.mean(found[c]) for c in COLUMNS}
-
-def table(variants, how):
-    """A row a variant at one rate a base: every measure, the gap to its reference, its rates."""
-    picked, rows = {label: pick(found, how) for label, found in variants.items()}, {}
-    for label, mine in picked.items():
-        rows[label], other = {c: column(mine, c) for c in COLUMNS}, reference(label, variants)
-        gap = "{:+.1f} ± {:.1f}".format(*paired(mine, picked[other], "balance")) if other else "-"
-        rows[label] |= {"balance, points over reference": gap}
-        if how == "tuned":
-            rows[label] |= {"balance at the lowest rate": column(pick(variants[label], 0), "balance"),
-                            "rates of bases": rate_counts(variants[label], mine)}
-        rows[label] |= dict(parameters=next(iter(mine.values()))["parameters"])
-    return evaluation.markdown("unseen topics", rows)
-
-def comparison(variants):
-    """Lines on methods side by side: tuned, then at each rate of the grid."""
-    out = []
-    for how, name in {"tuned": "Tuned", 0: "Lowest rate", 1: "Middle rate", 2: "Highest rate"}.items():
-        picked = {label: pick(found, how) for label, found in variants.items()}
-        out += [f"**{name}**", "", *table(variants, how), ""]
-        if "sails" in picked and len(picked) > 1:
-            ours = picked.pop("sails")
-            leads = {m: paired(ours, mine, "balance") for m, mine in picked.items()}
-            out += [f"{name}, balance: {study.verdict(leads)}", ""]
+def rows_of(found, harm):
+    """{(base, seed, rate): row}: results.json, its measures on unseen topics as columns."""
+    out = {}
+    for key, r in study.results(found).items():
+        measured = evaluation.headline(r) | {"look-alike balance": r["sets"]["lookalike"]["balance"]}
+        row = r | {c: evaluation.mean(measured.get(c, np.nan)) for c in COLUMNS}
+        row["harm inside"] = harm_inside(found[key], harm[key[0]])
+        cost = Path(found[key].out) / "costs.json"
+        out[key] = row | (data.read_json(cost) if cost.exists() else {})
     return out
 
-def budget(variants):
-    """{measure: {method: {steps: mean}}} at the lowest rate."""
-    out = {"safety rate": {}, "balance": {}}
-    for label, found in variants.items():
-        method, steps = label.split(", ")
-        for name, curves in out.items():
-            mean, _ = spread({key: r[name] for key, r in pick(found, 0).items()})
-            curves.setdefault(method, {})[int(steps)] = mean
+def matched(found):
+    """{(base, seed): row} at a base's lowest rate of validation balance .95; where none: as tuned."""
+    out = {}
+    for base in dict.fromkeys(b for b, _, _ in found):
+        mine = {key: r for key, r in found.items() if key[0] == base}
+        rates = sorted({lr for _, _, lr in mine})
+        balance = {lr: np.mean([r["validation"]["balance"] or 0 for (_, _, x), r in mine.items() if x == lr])
+                   for lr in rates}
+        out |= pick(mine, next((lr for lr in rates if balance[lr] >= .95), "tuned"))
     return out
 
-def report(args, runs, done):
-    """{file: text} of the report, its CSV and figure, from {section: {label: rows}}."""
-    lines = ["# The tiny world: main table, budget curve, ablations", "", study.command("tiny_study.py"), "",
-             f"Bases {args.bases}, alignment seeds {args.seeds}; small sections take the first three.",
-             "±: 95 % t-interval over bases' means; of fewer than three bases, over the seeds within them.",
-             "Tuned: a base's rate has the best balance on validation prompts, of equal ones the least NLL.",
-             "Reference: SAILS at the same level; of SAILS itself the first row.", "",
-             *base_table(args, runs.get("main", {})), ""]
-    curves, rows = {}, []
-    for title, variants in done.items():
-        lines += [f"## {title}", ""]
-        if title == "budget":
-            curves = budget(variants)
-            for name, of in curves.items():
-                shown = {m: {f"{n} steps": y for n, y in curve.items()} for m, curve in of.items()}
-                lines += [*evaluation.markdown(f"{name}, lowest rate", shown), ""]
-        elif title in ABLATIONS:
-            lines += [*table(variants, "tuned"), "", study.differs(variants, COLUMNS), ""]
-        else:
-            lines += comparison(variants)
-        rows += [dict(section=title, variant=label, **row) for label, found in variants.items()
-                 for row in study.base_means(found, COLUMNS)]
-    files = {"tiny_study.md": "\n".join(lines) + "\n", "tiny_study.csv": study.csv_text(rows)}
-    return files | ({"tiny_budget.svg": study.line_chart(curves, "training steps")} if curves else {})
+def gap(ours, theirs, column, sign=100):
+    """(bases,): ours less theirs, in points."""
+    return sign * (over_bases(ours, column) - over_bases(theirs, column))
+
+def gaps(done, steps):
+    """{comparison: (bases,)} of every hypothesis whose runs are there."""
+    out, main = {}, done.get("main", {})
+    tuned = {arm: pick(found, "tuned") for part in done.values() for arm, found in part.items()}
+    if main:
+        equal = {arm: matched(found) for arm, found in main.items()}
+        out |= {H1[m]: gap(tuned["sails"], tuned[m], "balance") for m in OTHERS}
+        sooner = {arm: pick(of, "tuned") for arm, of in steps.items()}
+        out |= {H2[m]: gap(sooner["sails"], sooner[m], "steps", -1) for m in OTHERS}
+        if "few" in done:
+            leads = [gap(tuned[f"sails, {n} pairs"], tuned[f"lora, {n} pairs"], "balance") for n in SIZES]
+            leads.append(gap(tuned["sails"], tuned["lora"], "balance"))
+            x = -np.log2([*SIZES, PAIRS])  # one more a halving
+            out[H3] = (x - x.mean()) @ np.array(leads) / ((x - x.mean()) ** 2).sum()
+        out |= {H4[m]: gap(equal["sails"], equal[m], "knowledge") for m in OTHERS}
+        if "frozen" in done:
+            out[H5] = gap(tuned["sails"], tuned["frozen"], "balance")
+        if "score" in done:
+            out[H6] = gap(tuned["t"], tuned["sails"], "balance")
+    return out
+
+def interval(picked, column):
+    """(mean, half-width of the 95 % interval) over bases."""
+    return data.t_interval(over_bases(picked, column))
+
+def arm_table(arms, how, columns, ours=None):
+    """Markdown lines: a row an arm at one rate a base, and its lead over SAILS in points of balance."""
+    table = {}
+    for arm, found in arms.items():
+        picked = how(found)
+        known = [c for c in columns if next(iter(picked.values())).get(c) is not None]
+        table[arm] = {c: interval(picked, c) for c in known}
+        if ours:
+            table[arm]["balance less SAILS's"] = "{:+.1f} ± {:.1f}".format(
+                *data.t_interval(gap(picked, how(ours), "balance")))
+        table[arm]["rates of bases"] = rate_counts(found, picked)
+    return [*evaluation.markdown("arm", table), ""]
+
+def rate_table(arms):
+    """Markdown lines: balance at every rate of every arm."""
+    at = lambda found, lr: interval(pick(found, lr), "balance")
+    table = {arm: {f"{lr:g}": at(found, lr) for lr in sorted({lr for _, _, lr in found})}
+             for arm, found in arms.items()}
+    return [*evaluation.markdown("balance", table), ""]
+
+def figure(main):
+    """SVG: SAILS's lead over LoRA against the share of the harm direction in its start, a dot a base."""
+    pictures = []
+    for name, how in {"tuned": "tuned", f"at {LOW:g}": LOW}.items():
+        ours, theirs = pick(main["sails"], how), pick(main["lora"], how)
+        x, y = over_bases(ours, "harm inside"), gap(ours, theirs, "balance")
+        r = np.corrcoef(x, y)[0, 1] if len(x) > 2 else float("nan")
+        pictures.append(svg_lines({name: list(zip(x, y))}, f"Lead over LoRA, points of balance, {name}",
+                                  f"share of harm in the start (r = {r:.2f})", scatter=True))
+    return svg_sheet(pictures)
+
+def report(args, done, steps):
+    """{file: text} of the report, its CSV and figure."""
+    tuned = lambda found: pick(found, "tuned")
+    found, arms = gaps(done, steps), {arm: x for part in done.values() for arm, x in part.items()}
+    lines = ["# The tiny world: six hypotheses", "", study.command("tiny_study.py"), "",
+             f"Bases {args.bases}, seeds {args.seeds}, {sum(map(len, arms.values()))} runs and "
+             f"{sum(map(len, steps.values()))} watched ones. The plan, with the rules, is plan.md.",
+             "±: 95 % t-interval over bases' means. p: exact sign-flip test. Gaps: points; of H2 steps.", "",
+             "## Verdicts", "", *evaluation.markdown("comparison", study.verdicts(found, MATTERS)), ""]
+    for title, part in done.items():
+        ours = done.get("main", {}).get("sails") if title != "few" else None
+        more = ("harm inside",) if title in ("main", "controls", "score", "frozen") else ()
+        lines += [f"## {title}, tuned", "", *arm_table(part, tuned, (*COLUMNS, *more), ours)]
+        if title in ("main", "controls"):
+            low = {arm: x for arm, x in part.items() if arm != "full"}
+            lines += [f"At {LOW:g}:", "", *arm_table(low, lambda x: pick(x, LOW), COLUMNS, ours)]
+    if "main" in done:
+        lines += ["## Steps to safety, tuned (H2)", "", *arm_table(steps, tuned, ("steps", "never"))]
+        lines += ["## At equal safety (H4)", "",
+                  *arm_table(done["main"], matched, ("balance", "knowledge", *COSTS))]
+    lines += ["## Every rate", "", *rate_table(arms)]
+    rows = [dict(section=title, arm=arm, **row) for title, part in done.items() for arm, x in part.items()
+            for row in study.base_rows(x, (*COLUMNS, "harm inside", *COSTS))]
+    gaps_of = [dict(base=b) | {key: float(x[i]) for key, x in found.items()} for i, b in enumerate(args.bases)]
+    files = {"tiny_study.md": "\n".join(lines) + "\n", "tiny_study.csv": study.csv_text(rows),
+             "tiny_gaps.csv": study.csv_text(gaps_of)}
+    return files | ({"lead.svg": figure(done["main"])} if "main" in done else {})
 
 def main():
     ap = data.Arguments(description=__doc__.splitlines()[0])
     a, some = ap.add_argument, data.list_of
     a("--out", type=Path, default=Path("runs/study"), help="worlds, runs and report")
     a("--results", type=Path, help="a second folder for the report")
-    a("--bases", type=some(int), default=list(range(8)), help="seeds of the worlds")
-    a("--seeds", type=some(int), default=list(range(8)), help="alignment seeds")
-    a("--methods", type=some(str, METHODS), default=list(METHODS))
-    a("--steps", type=data.at_least(2), default=80, help="of training; the budget has a half to four times")
-    a("--only", nargs="+", metavar="SECTION", help="main, budget, all seven, dpo, rloo, or an ablation")
+    a("--bases", type=some(int), default=list(range(100, 116)), help="seeds of the worlds")
+    a("--seeds", type=some(int), default=[0, 1], help="alignment seeds")
+    a("--steps", type=data.at_least(2), default=80, help="of training")
+    a("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections of the plan")
     a("--jobs", type=int, default=2)
-    a("--again", type=int, metavar="N", help="repeat one finished run and compare")
+    a("--again", type=int, metavar="N", help="repeat N finished runs and compare")
     args = ap.parse_args()
     torch.set_num_threads(1)  # as in the processes of --jobs: numbers depend on it
     homes = [args.out / f"world-{base}" for base in args.bases]
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
-        make = map if args.jobs == 1 else pool.map
-        list(make(make_base, homes, args.bases, [args.seeds] * len(homes)))
-    runs = plan(args)
-    found = [found for variants in runs.values() for found in variants.values()]
-    every = study.ordered([r for of in found for r in of.values()])
-    if args.again is not None:
-        return study.again(every[args.again])
-    study.do(args.jobs, every)
-    rows = lambda found: {key: flat(r) for key, r in study.results(found).items()}
-    done = {title: {label: rows(f) for label, f in variants.items()} for title, variants in runs.items()}
-    study.write_files([args.out, args.results or args.out], report(args, runs, done))
+        do_all = map if args.jobs == 1 else pool.map
+        list(do_all(make_base, homes, args.bases, [args.seeds] * len(homes)))
+        harm = {base: data.read_json(home / "harm.json") for base, home in zip(args.bases, homes)}
+        runs = plan(args)
+        every = study.ordered([r for part in runs.values() for of in part.values() for r in of.values()])
+        if args.again is not None:
+            return study.again(every, args.again)
+        study.do(args.jobs, every)
+        list(do_all(costs, [r for of in runs.get("main", {}).values() for r in of.values()]))
+    done = {title: {arm: rows_of(of, harm) for arm, of in part.items()} for title, part in runs.items()}
+    watched = steps_plan(args, done.get("main", {}))
+    study.do(args.jobs, study.ordered([r for of in watched.values() for r in of.values()]))
+    steps = {arm: {key: study.results(of)[key] | steps_to_safety(r) for key, r in of.items()}
+             for arm, of in watched.items()}
+    study.write_files([args.out, args.results or args.out], report(args, done, steps))
 
 if __name__ == "__main__":
     data.run_main(main)
