@@ -23,10 +23,12 @@ TESTS = {
     "model_gemma.py": "gemma parity bad_inputs distributed", "lora.py": "lora walk train bad_inputs",
     "sails.py": "subspace contrast theory walk", "eval.py": "eval judges table",
     "train.py": "objectives table train distributed", "benchmarks/tiny_world.py": "tiny_world",
-    "benchmarks/study.py": "studies", "benchmarks/pages.py": "report", "benchmarks/gcg.py": "attack",
+    "benchmarks/study.py": "studies", "benchmarks/tiny_study.py": "studies", "benchmarks/pages.py": "report",
+    "benchmarks/gcg.py": "attack",
     "benchmarks/explain.py": "explain", "benchmarks/asking.py": "judges"}
 SLOW = ("batch[rank::machines]", "fcntl.LOCK_EX | fcntl.LOCK_NB", "while os.getppid() == pid:",
-        "came.append(number)", "items[i % last], i < last", "if told < 2:", "need(same, f")  # by slow tests
+        "came.append(number)", "items[i % last], i < last", "if told < 2:", "need(same, f", "[:n // 2]]",
+        "h[harmful].mean((0, 1)) - h[~harmful].mean((0, 1))")  # by slow tests
 
 MISTAKES = ast.literal_eval(Path(__file__).with_name("mistakes.txt").read_text(encoding="utf-8"))
 EQUIVALENT = {}  # old text: why no test can see it
