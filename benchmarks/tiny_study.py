@@ -1,7 +1,7 @@
 """tiny_study.py - confirm or refute: six hypotheses on 16 new worlds, by the rules of results/plan.md.
 
     python benchmarks/tiny_study.py --out runs/study --results results     everything: an hour on two cores
-    ... --only main few --bases 100,101 --seeds 0                          a part
+    ... --bases 100,101 --seeds 0                                          a part
     ... --again 20                 are 20 finished runs, drawn at random, reproducible?
 
 A base is a world: language, model, SAEs. A seed draws topics, pairs and batch order in it. All runs have the
@@ -40,28 +40,20 @@ RATES, FULL_RATES = (LOW, 2e-3, 4e-3, 8e-3), (1.5e-4, 3e-4, 6e-4, 1.2e-3)
 COLUMNS = ("safety rate", "over-refusal", "help", "balance", "look-alike balance", "knowledge")
 COSTS = ("facts", "commentary", "KL")
 
-# ---- the plan: {section: {arm: options of train.py}} ----
+# ---- the plan: {arm: options of train.py}, in the tables of the report ----
 OTHERS = ("lora", "random", "full")
-FEW = {f"{m}, {n} pairs": f"--method {m} --data {{home}}/pairs-{n}-{{seed}}"
-       for n in SIZES for m in ("sails", "lora")}
-CONTROLS = {
-    "random features": "--method random-features",
-    "k 16, tau .8": "--method sails --k 16 --tau .8",
-    "labels shuffled": "--method sails --contrast-data {home}/shuffled-{seed}.jsonl",
-    "SAE of layer 0": f"--method sails --layers {WRONG_LAYER}",
-    "harm alone": "--method sails --sae {home}/oracle --width 1 --k 1"}
-SECTIONS = {"main": {m: f"--method {m}" for m in ("sails", *OTHERS)}, "few": FEW,
-            "frozen": {"frozen": "--method sails --freeze-basis"}, "score": {"t": "--method sails --score t"},
-            "controls": CONTROLS}
-# what must be ahead of what, and from where on a gap matters: points, or steps of 80
-H1, H2, H4 = ({m: f"{h} ahead of {m}" for m in OTHERS} for h in ("H1 balance", "H2 steps", "H4 knowledge"))
-H3, H5, H6 = "H3 lead gained a halving", "H5 trainable ahead of frozen", "H6 t ahead of |Delta|"
-MATTERS = dict.fromkeys([*H1.values(), *H4.values(), H5, H6], 1.) | dict.fromkeys(H2.values(), 5.) | {H3: .5}
-
-def plan(args):
-    """{section: {arm: {(base, seed, rate): settings of a run}}}."""
-    return {title: {arm: variant(args, arm, options) for arm, options in SECTIONS[title].items()}
-            for title in args.only}
+TABLES = {
+    "The four methods": {m: f"--method {m}" for m in ("sails", *OTHERS)},
+    "Few pairs (H3)": {f"{m}, {n} pairs": f"--method {m} --data {{home}}/pairs-{n}-{{seed}}"
+                       for n in SIZES for m in ("sails", "lora")},
+    "Variants (H5, H6)": {"frozen": "--method sails --freeze-basis", "t": "--method sails --score t"},
+    "Controls": {"random features": "--method random-features",
+                 "k 16, tau .8": "--method sails --k 16 --tau .8",
+                 "labels shuffled": "--method sails --contrast-data {home}/shuffled-{seed}.jsonl",
+                 "SAE of layer 0": f"--method sails --layers {WRONG_LAYER}",
+                 "harm alone": "--method sails --sae {home}/oracle --width 1 --k 1"}}
+ARMS = {arm: options for table in TABLES.values() for arm, options in table.items()}
+MATTERS = {"H2": 5., "H3": .5}  # from where on a gap matters: steps of 80; points, of the others 1
 
 def variant(args, arm, options, rates=None, bases=None):
     """{(base, seed, rate): settings of a run} of one arm at every rate of its grid, or at these."""
@@ -80,15 +72,14 @@ def variant(args, arm, options, rates=None, bases=None):
                 out[base, r.seed, r.lr] = r
     return out
 
-def steps_plan(args, done):
-    """{arm: {(base, seed, rate): run}}: main's arms at their tuned rates, watched on unseen topics."""
+def watched(args, done):
+    """{arm: {(base, seed, rate): run}}: the four methods at tuned rates, watched on unseen topics."""
     out = {}
-    for arm, found in done.items():
-        tuned, out[arm] = pick(found, "tuned"), {}
-        for base in args.bases:
-            options = SECTIONS["main"][arm] + " --data {home}/unseen-{seed} --watch 2"
-            rate = tuned[base, args.seeds[0]]["lr"]
-            out[arm] |= variant(args, f"steps {arm}", options, [rate], [base])
+    for arm in ("sails", *OTHERS):
+        options, tuned = ARMS[arm] + " --data {home}/unseen-{seed} --watch 2", pick(done[arm], "tuned")
+        parts = [variant(args, f"steps {arm}", options, [tuned[base, args.seeds[0]]["lr"]], [base])
+                 for base in args.bases]
+        out[arm] = {key: r for part in parts for key, r in part.items()}
     return out
 
 # ---- the worlds ----
@@ -195,25 +186,18 @@ def gap(ours, theirs, column, sign=100):
     return sign * (over_bases(ours, column) - over_bases(theirs, column))
 
 def gaps(done, steps):
-    """{comparison: (bases,)} of every hypothesis whose runs are there."""
-    out, main = {}, done.get("main", {})
-    tuned = {arm: pick(found, "tuned") for part in done.values() for arm, found in part.items()}
-    if main:
-        equal = {arm: matched(found) for arm, found in main.items()}
-        out |= {H1[m]: gap(tuned["sails"], tuned[m], "balance") for m in OTHERS}
-        sooner = {arm: pick(of, "tuned") for arm, of in steps.items()}
-        out |= {H2[m]: gap(sooner["sails"], sooner[m], "steps", -1) for m in OTHERS}
-        if "few" in done:
-            leads = [gap(tuned[f"sails, {n} pairs"], tuned[f"lora, {n} pairs"], "balance") for n in SIZES]
-            leads.append(gap(tuned["sails"], tuned["lora"], "balance"))
-            x = -np.log2([*SIZES, PAIRS])  # one more a halving
-            out[H3] = (x - x.mean()) @ np.array(leads) / ((x - x.mean()) ** 2).sum()
-        out |= {H4[m]: gap(equal["sails"], equal[m], "knowledge") for m in OTHERS}
-        if "frozen" in done:
-            out[H5] = gap(tuned["sails"], tuned["frozen"], "balance")
-        if "score" in done:
-            out[H6] = gap(tuned["t"], tuned["sails"], "balance")
-    return out
+    """{comparison: (bases,)} of all hypotheses."""
+    tuned = {arm: pick(found, "tuned") for arm, found in done.items()}
+    equal, sooner = {m: matched(done[m]) for m in steps}, {m: pick(x, "tuned") for m, x in steps.items()}
+    leads = [gap(tuned[f"sails, {n} pairs"], tuned[f"lora, {n} pairs"], "balance") for n in SIZES]
+    leads.append(gap(tuned["sails"], tuned["lora"], "balance"))
+    x = -np.log2([*SIZES, PAIRS])  # one more a halving
+    out = {f"H1 balance ahead of {m}": gap(tuned["sails"], tuned[m], "balance") for m in OTHERS}
+    out |= {f"H2 steps ahead of {m}": gap(sooner["sails"], sooner[m], "steps", -1) for m in OTHERS}
+    out["H3 lead gained a halving"] = (x - x.mean()) @ np.array(leads) / ((x - x.mean()) ** 2).sum()
+    out |= {f"H4 knowledge ahead of {m}": gap(equal["sails"], equal[m], "knowledge") for m in OTHERS}
+    out["H5 trainable ahead of frozen"] = gap(tuned["sails"], tuned["frozen"], "balance")
+    return out | {"H6 t ahead of |Delta|": gap(tuned["t"], tuned["sails"], "balance")}
 
 def interval(picked, column):
     """(mean, half-width of the 95 % interval) over bases."""
@@ -224,11 +208,10 @@ def arm_table(arms, how, columns, ours=None):
     table = {}
     for arm, found in arms.items():
         picked = how(found)
-        known = [c for c in columns if next(iter(picked.values())).get(c) is not None]
-        table[arm] = {c: interval(picked, c) for c in known}
+        table[arm] = {c: interval(picked, c) for c in columns if next(iter(picked.values()))[c] is not None}
         if ours:
-            table[arm]["balance less SAILS's"] = "{:+.1f} ± {:.1f}".format(
-                *data.t_interval(gap(picked, how(ours), "balance")))
+            lead = data.t_interval(gap(picked, how(ours), "balance"))
+            table[arm]["balance less SAILS's"] = "{:+.1f} ± {:.1f}".format(*lead)
         table[arm]["rates of bases"] = rate_counts(found, picked)
     return [*evaluation.markdown("arm", table), ""]
 
@@ -251,32 +234,30 @@ def figure(main):
     return svg_sheet(pictures)
 
 def report(args, done, steps):
-    """{file: text} of the report, its CSV and figure."""
-    tuned = lambda found: pick(found, "tuned")
-    found, arms = gaps(done, steps), {arm: x for part in done.values() for arm, x in part.items()}
+    """{file: text} of the report, its CSVs and figure."""
+    tuned, found = (lambda arm: pick(arm, "tuned")), gaps(done, steps)
+    matters = {key: MATTERS.get(key[:2], 1.) for key in found}
     lines = ["# The tiny world: six hypotheses", "", study.command("tiny_study.py"), "",
-             f"Bases {args.bases}, seeds {args.seeds}, {sum(map(len, arms.values()))} runs and "
+             f"Bases {args.bases}, seeds {args.seeds}; {sum(map(len, done.values()))} runs and "
              f"{sum(map(len, steps.values()))} watched ones. The plan, with the rules, is plan.md.",
              "±: 95 % t-interval over bases' means. p: exact sign-flip test. Gaps: points; of H2 steps.", "",
-             "## Verdicts", "", *evaluation.markdown("comparison", study.verdicts(found, MATTERS)), ""]
-    for title, part in done.items():
-        ours = done.get("main", {}).get("sails") if title != "few" else None
-        more = ("harm inside",) if title in ("main", "controls", "score", "frozen") else ()
-        lines += [f"## {title}, tuned", "", *arm_table(part, tuned, (*COLUMNS, *more), ours)]
-        if title in ("main", "controls"):
-            low = {arm: x for arm, x in part.items() if arm != "full"}
-            lines += [f"At {LOW:g}:", "", *arm_table(low, lambda x: pick(x, LOW), COLUMNS, ours)]
-    if "main" in done:
-        lines += ["## Steps to safety, tuned (H2)", "", *arm_table(steps, tuned, ("steps", "never"))]
-        lines += ["## At equal safety (H4)", "",
-                  *arm_table(done["main"], matched, ("balance", "knowledge", *COSTS))]
-    lines += ["## Every rate", "", *rate_table(arms)]
-    rows = [dict(section=title, arm=arm, **row) for title, part in done.items() for arm, x in part.items()
+             "## Verdicts", "", *evaluation.markdown("comparison", study.verdicts(found, matters)), ""]
+    for title, table in TABLES.items():
+        arms = {arm: done[arm] for arm in table}
+        ours = done["sails"] if "Few" not in title else None
+        lines += [f"## {title}", "", *arm_table(arms, tuned, (*COLUMNS, "harm inside"), ours)]
+        if title == "Controls":
+            arms = {arm: done[arm] for arm in ("sails", "lora", "random", *arms)}
+            lines += [f"At {LOW:g}:", "", *arm_table(arms, lambda x: pick(x, LOW), COLUMNS, ours)]
+    lines += ["## Steps to safety, tuned (H2)", "", *arm_table(steps, tuned, ("steps", "never")),
+              "## At equal safety (H4)", "",
+              *arm_table({m: done[m] for m in steps}, matched, ("balance", "knowledge", *COSTS)),
+              "## Every rate", "", *rate_table(done)]
+    rows = [dict(arm=arm, **row) for arm, x in done.items()
             for row in study.base_rows(x, (*COLUMNS, "harm inside", *COSTS))]
-    gaps_of = [dict(base=b) | {key: float(x[i]) for key, x in found.items()} for i, b in enumerate(args.bases)]
-    files = {"tiny_study.md": "\n".join(lines) + "\n", "tiny_study.csv": study.csv_text(rows),
-             "tiny_gaps.csv": study.csv_text(gaps_of)}
-    return files | ({"lead.svg": figure(done["main"])} if "main" in done else {})
+    of_bases = [dict(base=b) | {key: float(x[i]) for key, x in found.items()} for i, b in enumerate(args.bases)]
+    return {"tiny_study.md": "\n".join(lines), "tiny_study.csv": study.csv_text(rows),
+            "tiny_gaps.csv": study.csv_text(of_bases), "lead.svg": figure(done)}
 
 def main():
     ap = data.Arguments(description=__doc__.splitlines()[0])
@@ -286,7 +267,6 @@ def main():
     a("--bases", type=some(int), default=list(range(100, 116)), help="seeds of the worlds")
     a("--seeds", type=some(int), default=[0, 1], help="alignment seeds")
     a("--steps", type=data.at_least(2), default=80, help="of training")
-    a("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections of the plan")
     a("--jobs", type=int, default=2)
     a("--again", type=int, metavar="N", help="repeat N finished runs and compare")
     args = ap.parse_args()
@@ -296,17 +276,17 @@ def main():
         do_all = map if args.jobs == 1 else pool.map
         list(do_all(make_base, homes, args.bases, [args.seeds] * len(homes)))
         harm = {base: data.read_json(home / "harm.json") for base, home in zip(args.bases, homes)}
-        runs = plan(args)
-        every = study.ordered([r for part in runs.values() for of in part.values() for r in of.values()])
+        runs = {arm: variant(args, arm, options) for arm, options in ARMS.items()}
+        every = study.ordered([r for of in runs.values() for r in of.values()])
         if args.again is not None:
             return study.again(every, args.again)
         study.do(args.jobs, every)
-        list(do_all(costs, [r for of in runs.get("main", {}).values() for r in of.values()]))
-    done = {title: {arm: rows_of(of, harm) for arm, of in part.items()} for title, part in runs.items()}
-    watched = steps_plan(args, done.get("main", {}))
-    study.do(args.jobs, study.ordered([r for of in watched.values() for r in of.values()]))
-    steps = {arm: {key: study.results(of)[key] | steps_to_safety(r) for key, r in of.items()}
-             for arm, of in watched.items()}
+        list(do_all(costs, [r for arm in ("sails", *OTHERS) for r in runs[arm].values()]))
+    done = {arm: rows_of(of, harm) for arm, of in runs.items()}
+    looked = watched(args, done)
+    study.do(args.jobs, study.ordered([r for of in looked.values() for r in of.values()]))
+    steps = {arm: {key: row | steps_to_safety(of[key]) for key, row in study.results(of).items()}
+             for arm, of in looked.items()}
     study.write_files([args.out, args.results or args.out], report(args, done, steps))
 
 if __name__ == "__main__":
