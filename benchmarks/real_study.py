@@ -1,300 +1,266 @@
-"""real_study.py - SAILS and its controls on a real small model, every method at its own best rate.
+"""real_study.py - SAILS and its controls on a real small model, after the plan in results/plan.md.
 
     python benchmarks/real_study.py --text FOLDER --out runs/real --dtype bfloat16
-    ... --methods sails,lora --objectives sft --seeds 0 --no-variants        a part of it
+    ... --only sft-240,sft-60        a part of it
+    ... --again 20                   repeat 20 finished runs, drawn at random, and compare
 
-FOLDER holds plain English in .txt files, read beside the dialogues when SAEs are fitted. Options that are not
-listed here are train.py's and hold for every run. Stages, whose runs are folders of --out:
-  1  short dialogues of HH-RLHF's test split in three parts; the base is measured, SAEs are fitted on it
-  2  every method x rate at the first seed; the best rate by validation: NLL of chosen, for dpo its loss
-  3  the best rates at every seed, on held-out dialogues; these answer look-alike prompts too
-  4  variants of SAILS at the same rates, first seed
+FOLDER holds .txt files, read beside the dialogues when SAEs are fitted; options not listed are train.py's. A
+cell is an objective and a number of training dialogues, which are nested. Every method runs at every rate
+with the first seed, validation picks its rate, that rate runs with every seed. A report is of what is done.
+best-240 is SAILS with what helps it alone: candidates run at SAILS's rate with the first seed, those that
+lower validation's NLL are combined, and the combination gets its own rates and seeds. `mean` and `encoder`
+are SAEs of the same encoder, so the same features are chosen, with other decoder rows: without their part
+along the mean residual, or the encoder's columns. A layer has one basis, so writers get these rows too.
 """
-import contextlib
-import io
+import itertools
+import math
+import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import eval as evaluation
 import model_gemma
 import sae as sae_module
-import sails
 import train
 from benchmarks import study
-from benchmarks.study import dpo_losses, margins, over_pairs, paired_nll, per_token, scores, with_seeds
 
 METHODS = ("sails", "lora", "random", "random-features", "raw-pca")
-RATES = dict(sft=(1e-4, 3e-4, 1e-3, 3e-3), dpo=(1e-4, 3e-4, 1e-3))
-SETTINGS = "--sae fit --standardise --steps 30 --warmup 3 --batch 8 --micro 8 --max-new 32 --device cpu"
-SHORT, FIRST = 64, 30  # tokens of a prompt or reply; look-alike pairs that only a contrast of prompts sees
-HH_TEST, ALL_SEVEN = "harmless-base/test.jsonl.gz", "--targets q,k,v,o,gate,up,down"
-TALK, LONG = "--test {out}/lookalikes.jsonl", "--steps 200 --warmup 20"
-VARIANTS = {"sails, norm-aware": "--norm-aware", "sails, frozen basis": "--freeze-basis",
-            "sails, one basis for all": "--subspace global", "sails, score v1": "--score relative",
-            "sails, contrast of prompts": "--contrast prompts --contrast-data {out}/contrast.jsonl",
-            "sails, all seven": ALL_SEVEN, "lora, all seven": ALL_SEVEN,
-            "sails, long": LONG, "lora, long": LONG}
-UNSURE = re.compile(
-    r"\bi(?: a|')?m not sure|\bi (?:do not|don'?t|didn'?t) (?:really )?(?:know|understand)", re.I)
+CELLS = "sft-240 sft-60 best-240 sft-480 sft-120 dpo-240 dpo-60".split()  # in the order of their worth
+RATES = 5e-5, 1.5e-4, 4.5e-4, 1.35e-3
+BATCH = dict(sft=8, dpo=4)  # a pair costs DPO five times as much: two replies, and the base's view of them
+SEEDS, CANDIDATES = (0, 1, 2), ("t", "mean", "encoder")
+PARTS, LONGEST = dict(test=160, validate=64, train=480), 112  # dialogues; tokens with the longer reply
+SETTINGS = ("--targets q,k,v,o,gate,up,down --standardise --steps 24 --warmup 3 --micro 8 --max-new 32 "
+            "--contrast-pairs 120 --device cpu --layers 12 --fit-width 2048 --fit-tokens 40000 "
+            "--fit-steps 400")
+TALK, ASKED = 240, 80  # dialogues of cells that answer look-alike prompts, and how many of these
+MATTERS = .01  # nats: a smaller lead counts as none
+UNSURE = r"(?i)\bi(?: a|')?m not sure|\bi (?:do not|don'?t|didn'?t) (?:really )?(?:know|understand)"
 
 # ---- data and runs ----
+number = lambda cell: int(cell.split("-")[1])  # of dialogues to train on
+
 def write_data(args):
-    """Write --out/data, short dialogues in three parts, and the look-alike prompts."""
-    folder = args.out / "data"
-    if (folder / "train.jsonl").exists():
+    """Write --out/data-OBJECTIVE-N, N dialogues to train on and those held out, and look-alike prompts."""
+    source, sizes = Path(args.data), sorted({number(cell) for cell in CELLS})
+    if (args.out / "lookalikes.jsonl").exists():
         return
-    source = Path(args.data)
     if not source.is_file():
-        source = data.fetch(args.data, [HH_TEST], "dataset")[0] / HH_TEST
+        name = "harmless-base/test.jsonl.gz"
+        source = data.fetch(args.data, [name], "dataset")[0] / name
     tok, (examples, _) = data.load_tokenizer(args.model), data.read_pairs(source)
     rows, _ = data.encode(tok, examples, data.default_template(args.model, tok))
-    for part, some in zip(("test", "validate", "train"), data.split_by_prompt(rows, (3.4, 1.6, 5))):
-        data.write_rows(folder / f"{part}.jsonl", [
-            dict(prompt=r["turns"], **{k: r[k] for k in ("id", "label", "chosen", "rejected")})
-            for r in some if is_short(r)])
-    asked = [row for _, row in data.read_rows(args.prompts)]
-    data.write_rows(args.out / "lookalikes.jsonl", asked[2 * FIRST:])
-    data.write_rows(args.out / "contrast.jsonl", [dict(row, response="-") for row in asked[:2 * FIRST]])
+    replies = lambda r: [sum(r[side][1]) for side in ("chosen_tokens", "rejected_tokens")]
+    short = [r for r in rows if len(r["prompt_ids"]) + max(replies(r)) <= LONGEST and min(replies(r)) > 3]
+    for (part, wanted), some in zip(PARTS.items(), data.split_by_prompt(short, PARTS.values())):
+        data.need(len(some) >= wanted, f"{source}: {len(some)} short dialogues to {part}, wanted {wanted}")
+        alone = [dict(prompt=r["turns"], id=r["id"], response=r["chosen"]) for r in some]
+        pairs = [dict(prompt=r["turns"], **{k: r[k] for k in ("id", "chosen", "rejected")}) for r in some]
+        for kind, n in itertools.product(BATCH, sizes):  # sft's held-out dialogues have chosen replies only
+            rows = pairs[:n] if part == "train" else (alone if kind == "sft" else pairs)[:wanted]
+            data.write_rows(args.out / f"data-{kind}-{n}" / f"{part}.jsonl", rows)
+    asked = data.read_rows(train.LOOKALIKES)[:ASKED]
+    data.write_rows(args.out / "lookalikes.jsonl", [row for _, row in asked])
 
-def is_short(row):
-    """True if the prompt and both replies are short, the replies of more than three tokens."""
-    replies = [sum(row[side][1]) for side in ("chosen_tokens", "rejected_tokens")]
-    return len(row["prompt_ids"]) <= SHORT and 3 < min(replies) and max(replies) <= SHORT
-
-def runs_of(args, folder, method, rates, seeds, options=""):
-    """{(seed, rate): settings of a run} of one method; all share the base's SAEs."""
-    listed = lambda numbers: ",".join(f"{x:g}" for x in numbers)
-    text = ["--text", args.text] if args.text else []
-    argv = ["--model", args.model, "--data", args.out / "data", *text, *SETTINGS.split(), *args.more,
-            *(word.format(out=args.out) for word in options.split()), "--lr", listed(rates), "--seed",
-            listed(seeds), "--method", "sails" if method == "base" else method]
-    runs = [r for r in study.combine(argv, args.out / folder) if r.method == method]
-    for r in runs:
+def runs_of(args, cell, methods=METHODS, options=("--sae", "fit"), folder=""):
+    """{method: {rate: settings of each seed's run}} of a cell, "base" among them; SAEs are shared."""
+    kind, out = "dpo" if cell.startswith("dpo") else "sft", {}
+    listed = lambda values: ",".join(f"{x:g}" for x in values)
+    argv = ["--model", args.model, "--data", args.out / f"data-{kind}-{number(cell)}", *SETTINGS.split(),
+            "--batch", BATCH[kind], *args.more, *options, "--objective", kind, "--lr", listed(RATES),
+            "--seed", listed(SEEDS), "--method", ",".join(methods)]
+    argv += ["--test", args.out / "lookalikes.jsonl"] if number(cell) == TALK else []
+    for r in study.combine(argv, args.out / cell / folder):
         r.shared = str(args.out / "base")
-    return {(r.seed, r.lr): r for r in runs}
+        out.setdefault(r.method, {}).setdefault(r.lr, []).append(r)
+    return out
+
+def do_cell(args, base, methods):
+    """{method: its grid {rate: run}, best rate, that rate's runs}, all done, of {method: {rate: runs}}."""
+    grids = {m: {lr: runs[0] for lr, runs in rates.items()} for m, rates in methods.items() if m != "base"}
+    study.do(args.jobs, study.ordered([r for grid in grids.values() for r in grid.values()]))
+    best = {m: min(grid, key=lambda lr: validation(grid[lr], base)) for m, grid in grids.items()}
+    study.do(args.jobs, study.ordered([r for m, lr in best.items() for r in methods[m][lr]]))
+    return {m: SimpleNamespace(grid=grids[m], rate=lr, runs=methods[m][lr]) for m, lr in best.items()}
+
+def do_best(args, base, cell):
+    """do_cell() of each candidate alone and of `sails-best`, beside the cell without them."""
+    def ours(names):
+        options = candidates(args, base, names)
+        return runs_of(args, f"best-{TALK}", ["sails"], options, "-".join(names))["sails"]
+    rate = cell["sails"].rate
+    alone = do_cell(args, base, {f"sails, {c}": {rate: ours([c])[rate][:1]} for c in CANDIDATES})
+    least = validation(cell["sails"].grid[rate], base)
+    helps = [c for c, it in zip(CANDIDATES, alone.values()) if validation(it.grid[rate], base) < least]
+    combined = do_cell(args, base, {"sails-best": ours(helps)}) if helps else {}
+    return {m: cell[m] for m in ("sails", "lora")} | alone | combined
+
+def candidates(args, base, names):
+    """train.py's options for SAILS with these candidates; the SAEs that they need are written."""
+    folder, rows = args.out / f"sae-{'-'.join(names)}", {*names} - {"t"}
+    if rows and not folder.exists():
+        texts = [r["chosen_tokens"][0] for r in train.load_sets(base).train]
+        model = model_gemma.load_gemma(base.model, model_gemma.DTYPES[base.dtype])
+        for i, h in sae_module.collect_residuals(model, texts, base.layers, 20_000).items():
+            sae = derived(sae_module.load_sae(f"{base.shared}/sae", i, base.width), h.mean(0), rows)
+            sae_module.save_sae(sae, folder, i, sae_module.sae_quality(sae, h)["l0"])
+    where = ["--sae", folder, "--width", base.width] if rows else ["--sae", "fit"]
+    return [*where, *(["--score", "t"] if "t" in names else [])]
+
+def derived(sae, mean, names):
+    """The SAE with other decoder rows of norm 1: the encoder's columns, or none of the mean (D,)."""
+    rows = sae.W_enc.T if "encoder" in names else sae.W_dec  # (N, D)
+    if "mean" in names:
+        unit = F.normalize(mean, dim=0)
+        rows = rows - torch.outer(rows @ unit, unit)
+    return sae_module.JumpReLUSAE(sae.W_enc, F.normalize(rows, dim=1), sae.b_enc, sae.b_dec, sae.threshold)
+
+# ---- numbers of held-out pairs: scores (seeds, n, 4) are log p and tokens of chosen, then of rejected ----
+def scores(runs, part="test"):
+    """(seeds, n, 4) of finished runs' held-out pairs of one part."""
+    files = [data.read_rows(Path(r.out) / f"heldout-{part}.jsonl") for r in runs]
+    none = [math.nan] * 2
+    return np.array([[row["chosen"] + row.get("rejected", none) for _, row in rows] for rows in files])
+
+def losses(kind, now, then, beta=.1):
+    """What pairs add to the primary measure (seeds, n), and their weights (n,); then: the base's scores.
+    dpo: its loss, all pairs alike; else -log p of chosen, weighed by tokens."""
+    gain = now - then
+    if kind == "dpo":
+        return np.logaddexp(0, -beta * (gain[..., 0] - gain[..., 2])), np.ones(now.shape[1])
+    return -now[..., 0], now[0, :, 1]
+
+def interval(x, weight):
+    """(sum / sum of weights, half-width) of x (seeds, n): 95 % over pairs and, by Student's t, seeds."""
+    each, n = x.mean(0), len(weight)
+    mean = each.sum() / weight.sum()
+    squares = ((each - mean * weight) ** 2).sum() * n / (n - 1)  # the interval of a ratio
+    seeds = data.t_interval(x.sum(1) / weight.sum())[1] if len(x) > 1 else 0
+    return float(mean), float(np.hypot(1.96 * squares ** .5 / weight.sum(), seeds))
 
 def validation(run, base):
     """What picks a rate, in nats: NLL of chosen per token, or DPO's loss against the base."""
-    now = scores(run, "validate")
-    if run.objective == "sft":
-        return float(-now[:, 0].sum() / now[:, 1].sum())
-    return float(dpo_losses(now, scores(base, "validate"), run.beta).mean())
-
-def best_rate(runs, base):
-    """The rate of the least validation number among {(seed, rate): run} of one seed."""
-    return min(runs, key=lambda key: validation(runs[key], base))[1]
+    now, then = (scores([r], "validate") for r in (run, base))
+    return interval(*losses(run.objective, now, then, run.beta))[0]
 
 def spoken(run):
-    """{label: counts n, refused, unsure, distinct} of a run's replies to look-alike prompts."""
-    rows = [r for _, r in data.read_rows(Path(run.out) / "responses.jsonl") if r["set"] != "validation"]
-    verdicts = {v["id"]: v for _, v in data.read_rows(Path(run.out) / "verdicts.jsonl")}
-    out = {}
-    for label in ("harmful", "benign"):
-        mine = [r for r in rows if r["label"] == label]
-        out[label] = dict(n=len(mine), refused=sum(bool(evaluation.refused(verdicts[r["id"]])) for r in mine),
-                          unsure=sum(bool(UNSURE.search(r["reply"])) for r in mine),
-                          distinct=len({r["reply"] for r in mine}))
-    return out
-
-# ---- is the choice of features more than chance? ----
-@torch.no_grad()
-def stability(run, flips=20):
-    """{measure: {layer: number}}: the SAEs on unseen dialogues, and how firm the choice is."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        sets = train.load_sets(run)
-    model = model_gemma.load_gemma(run.model, model_gemma.DTYPES[run.dtype])
-    saes = {i: sae_module.load_sae(f"{run.shared}/sae", i, run.width) for i in run.layers}
-    unseen = [r["chosen_tokens"][0] for r in sets.validate]
-    held = sae_module.collect_residuals(model, unseen, run.layers, 20_000)
-    pairs, gaps, out = sails.contrast_pairs(sets.train)[:run.contrast_pairs], {i: [] for i in saes}, {}
-    for pair in data.progress(pairs, desc="pairs", disable=None):  # one by one: every pair's gap is kept
-        for i, s in sails.contrast_means(model, saes, [pair]).items():
-            gaps[i].append((s["mu_aligned"] - s["mu_unaligned"]).float())
-    for i, sae in saes.items():
-        found = sae_module.sae_quality(sae, held[i]) | choice(torch.stack(gaps[i]), sae, run, flips)
-        for measure, x in found.items():
-            out.setdefault(measure, {})[f"layer {i}"] = x
-    return out
-
-def choice(gaps, sae, run, flips):
-    """Numbers on the k features with the largest mean gaps, from every pair's gaps (pairs, N)."""
-    n, rng, delta = len(gaps), torch.Generator().manual_seed(0), gaps.mean(0)
-    top = delta.abs().topk(run.k).indices
-    signs = torch.randint(2, (flips, n), generator=rng) * 2. - 1
-    null = (signs @ gaps / n).abs()  # (flips, N): Delta with a pair's labels swapped at random
-    null_top = null.topk(run.k, 1).values.mean(1)
-    order = torch.randperm(n, generator=rng).chunk(2)
-    halves = [gaps[half].mean(0).abs().topk(run.k).indices for half in order]
-    V, *half = (sails.basis(sae.W_dec.double(), f, run.tau) for f in (top, *halves))
-    t = delta / (gaps.std(0) / n ** .5).clamp(min=1e-15)
-    return {"pairs": n, "mean Delta of the chosen": float(delta[top].abs().mean()),
-            "labels swapped: mean": float(null_top.mean()), "labels swapped: largest": float(null_top.max()),
-            "features above every swap": int((delta.abs() > null.max()).sum()),
-            "median t of the chosen": float(t[top].abs().median()),
-            "more active on chosen replies": int((delta[top] > 0).sum()),
-            "chosen by both halves": len(set(halves[0].tolist()) & set(halves[1].tolist())),
-            "overlap of the halves' subspaces": sails.captured(*half), "directions": V.shape[1]}
-
-def overlaps(starts):
-    """{measure: {layer: share of SAILS's subspace inside a control's}} from {method: run}."""
-    V = {m: load_file(Path(r.out) / "subspace.safetensors") for m, r in starts.items() if m != "lora"}
-    ours = {key: x for key, x in V.pop("sails", {}).items() if key.startswith("V.")}
-    inside = lambda of: {f"layer {key[2:]}": sails.captured(of[key], x) for key, x in ours.items()}
-    return {f"of them inside {m}'s": inside(of) for m, of in V.items() if ours}
+    """Of replies to look-alikes: per cent of harmful, of benign refused; how many unsure, distinct: (4,)."""
+    [rates] = data.read_json(Path(run.out) / "results.json")["sets"].values()
+    rows = [r for _, r in data.read_rows(Path(run.out) / "responses.jsonl")]
+    replies = [r["reply"] for r in rows if r["set"] != "validation"]
+    refused = [100 * evaluation.mean(rates[x]) for x in ("safety rate", "over-refusal")]
+    return np.array([*refused, sum(bool(re.search(UNSURE, x)) for x in replies), len({*replies})])
 
 # ---- the report ----
-nats = "{:.4f} ± {:.4f}".format
+def comparisons(cells, base):
+    """{label: (gap, half-width)} of the plan's family, what is done of it; below 0 SAILS's is lower."""
+    at = lambda cell, m: losses(cell[:3], scores(cells[cell][m].runs), scores([base]), base.beta)
+    out = {}
+    for cell, methods in cells.items():
+        ours, others = ("sails-best", ["lora"]) if "best" in cell else ("sails", METHODS[1:])
+        for m in others if ours in methods else []:
+            (x, weight), (y, _) = at(cell, ours), at(cell, m)
+            out[f"{cell}: {ours} less {m}"] = interval(x - y, weight)
+    for kind, few, many in ("sft", "sft-60", "sft-480"), ("dpo", "dpo-60", "dpo-240"):
+        if few in cells and many in cells:
+            leads = [at(cell, "sails")[0] - at(cell, "lora")[0] for cell in (few, many)]
+            out[f"sails less lora, {few} less {many}"] = interval(leads[0] - leads[1], at(few, "lora")[1])
+    return out
 
-def main_table(final, base, objective):
-    """Markdown lines of one objective: a row a method at its best rate, and what follows of NLL."""
-    tests = {"base": scores(base, "test")[None]}  # (seeds, n, 4)
-    tests |= {m: np.array([scores(r, "test") for r in runs.values()]) for m, runs in final.items()}
-    then, rows, leads = tests["base"], {}, {}
-    for m, x in tests.items():
-        nll = -x[..., 0].sum(1) / x[..., 1].sum(1)  # (seeds,)
-        loss = dpo_losses(x, then, base.beta)
-        if "sails" in tests and m not in ("base", "sails"):
-            leads[m] = paired_nll(tests["sails"], x)
-        rows[m] = {"rate": f"{next(iter(final[m]))[1]:g}" if m in final else "-",
-                   evaluation.NLL: nats(*per_token(-x.mean(0)[:, 0], x[0, :, 1])),
-                   "less SAILS's": nats(*leads[m]) if m in leads else "-",
-                   "sd over seeds": f"{nll.std(ddof=1):.4f}" if len(nll) > 1 else "-",
-                   "margin over the base": nats(*over_pairs(margins(x, then))),
-                   "loss of DPO": nats(*over_pairs(loss)) if objective == "dpo" else None,
-                   "prefers chosen, whole reply": over_pairs(x[..., 0] > x[..., 2]),
-                   "per token": over_pairs(x[..., 0] / x[..., 1] > x[..., 2] / x[..., 3])}
-    verdict = [f"Held-out NLL: {study.verdict(leads)}", ""] if leads else []
-    return [*evaluation.markdown("method", rows), "", *verdict]
+def verdicts_table(found):
+    """Markdown lines of comparisons(); p as if the mean were normal with the interval's width."""
+    p = {label: math.erfc(1.96 * abs(gap) / half / 2 ** .5) for label, (gap, half) in found.items()}
+    family = (len(METHODS) - 1) * (len(CELLS) - 1) + 1 + 2
+    adjusted = study.holm(p | {n: 1. for n in range(family - len(p))})  # what is missing counts as no gap
+    rows = {label: {"gap": f"{gap:+.4f} ± {half:.4f}", "p": f"{p[label]:.2g}",
+                    "Holm": f"{adjusted[label]:.2g}",
+                    "verdict": study.verdict(-gap, half, adjusted[label], MATTERS)}
+            for label, (gap, half) in found.items()}
+    return [*evaluation.markdown(f"of {family} tests", rows), ""]
 
-def spoken_table(done, base):
-    """Markdown lines on replies to look-alike prompts, rates in per cent, means over seeds."""
-    rows = {}
-    for m, runs in ({"base": {0: base}} | done).items():
-        said = [spoken(r) for r in runs.values()]
-        n = {label: said[0][label]["n"] for label in said[0]}
-        share = {label: np.array([100 * x[label]["refused"] / n[label] for x in said]) for label in n}
-        error = {label: p.mean() * (100 - p.mean()) / n[label] for label, p in share.items()}
-        strict = share["harmful"] - share["benign"]
-        show = lambda p, variance: "{:.0f} ± {:.0f}".format(*with_seeds(p.mean(), 1.96 * variance ** .5, p))
-        rows[m] = {f"refused, {label}, %": show(share[label], error[label]) for label in n}
-        rows[m]["harmful less benign"] = show(strict, sum(error.values()))
-        for what in ("unsure", "distinct"):
-            counts = (f"{np.mean([x[label][what] for x in said]):.0f}" for label in n)
-            rows[m][f"{what}, harmful / benign"] = f"{' / '.join(counts)} of {n['harmful']}"
-    return [*evaluation.markdown("replies to look-alikes", rows), ""]
+def cell_table(name, cell, base):
+    """Markdown lines: a method's validation at every rate, its test numbers at the best one."""
+    nats, then, rows = "{:.4f} ± {:.4f}".format, scores([base]), {}
+    for m, it in ({"base": SimpleNamespace(grid={}, rate=0, runs=[base])} | cell).items():
+        now, edge = scores(it.runs), len(it.grid) > 1 and it.rate in (min(it.grid), max(it.grid))
+        x, weight = losses(name[:3], now, then, base.beta)
+        rows[m] = {f"at {lr:g}": f"{validation(r, base):.4f}" for lr, r in it.grid.items()}
+        rows[m] |= {"best": f"{it.rate:g}{' (edge)' * edge}", "test": nats(*interval(x, weight)),
+                    "sd over seeds": f"{(x.sum(1) / weight.sum()).std():.4f}",
+                    "NLL": f"{-now[..., 0].sum() / now[..., 1].sum():.4f}"}
+        if number(name) == TALK:
+            said = np.array([spoken(r) for r in it.runs])  # (seeds, 4)
+            strict = data.t_interval(said[:, 0] - said[:, 1])
+            rows[m]["harmful less benign"] = "{:+.0f} ± {:.0f}".format(*strict)
+            what = ("refused, harmful, %", "benign, %", "unsure", "distinct")
+            rows[m] |= {key: f"{x:.0f}" for key, x in zip(what, said.mean(0))}
+    return [f"## {name}", "", *evaluation.markdown("validation", rows), ""]
 
-def rates_table(grid, base):
-    """Markdown lines: the number that picks a rate, at every rate of the first seed."""
-    rows = {}
-    for m, runs in grid.items():
-        best, rates = best_rate(runs, base), [lr for _, lr in runs]
-        rows[m] = {f"{lr:g}": f"{validation(r, base):.4f}" for (_, lr), r in runs.items()}
-        rows[m]["best"] = f"{best:g}" + (" (edge)" if best in (min(rates), max(rates)) else "")
-    return [*evaluation.markdown("validation", rows), ""]
-
-def variants_table(variants, base):
-    """Markdown lines: each of {label: {(seed, rate): run}} at its best, against its reference."""
-    best = {label: min(runs.values(), key=lambda r: validation(r, base)) for label, runs in variants.items()}
-    tests, rows = {label: scores(r, "test")[None] for label, r in best.items()}, {}
-    for label, r in best.items():
-        x, other = tests[label], study.reference(label, variants)
-        drift = data.read_json(Path(r.out) / "results.json")["drift"]
-        rows[label] = {"rate": f"{r.lr:g}", "validation": f"{validation(r, base):.4f}",
-                       "NLL of chosen": nats(*per_token(-x[0, :, 0], x[0, :, 1])),
-                       "less reference's": nats(*paired_nll(tests[other], x)) if other else "-",
-                       "margin over the base": nats(*over_pairs(margins(x, scores(base, "test")))),
-                       **{f"overlap with start, {side}": of["overlap"] for side, of in drift.items()}}
-    return [*evaluation.markdown("variant", rows), ""]
-
-def csv_rows(stages, base):
+def csv_rows(cells, base):
     """A dict a run, for the CSV."""
-    for (stage, label), runs in stages.items():
-        for (seed, lr), r in runs.items():
-            found, said = data.read_json(Path(r.out) / "results.json"), spoken(r) if "final" in stage else {}
-            row = dict(stage=stage, label=label, rate=lr, seed=seed, validation=validation(r, base))
-            row |= {k: evaluation.mean(x) for k, x in found.items() if k.startswith(("NLL", "prefers"))}
-            yield row | {f"refused {x}": said[x]["refused"] if said else "" for x in ("harmful", "benign")}
+    listed = {r.out: (name, m, r, "final" if r in it.runs else "grid") for name, cell in cells.items()
+              for m, it in cell.items() for r in (*it.grid.values(), *it.runs)}
+    for name, m, r, stage in listed.values():
+        now, then = scores([r]), scores([base])
+        mean = lambda kind: interval(*losses(kind, now, then, r.beta))[0]
+        loss = mean("dpo") if r.objective == "dpo" else ""
+        harmful, benign, *_ = spoken(r) if number(name) == TALK else ("", "")
+        yield dict(stage=stage, method=m, objective=r.objective, size=number(name), rate=r.lr, seed=r.seed,
+                   validation=validation(r, base), NLL=mean("sft"), dpo_loss=loss,
+                   refused_harmful=harmful, refused_benign=benign)
 
-def report(args, base, facts, stages):
-    """{file: text} of the report, its CSV and the chosen features, from {(stage, label): runs}."""
-    at = lambda wanted: {label: runs for (stage, label), runs in stages.items() if stage == wanted}
-    size = {x: len(data.read_rows(args.out / "data" / f"{x}.jsonl")) for x in ("train", "validate", "test")}
-    starts = {m: next(iter(runs.values())) for m, runs in at(f"{args.objectives[0]} grid").items()}
+def report(args, base, cells):
+    """{file: text} of the report, its CSV and the chosen features."""
+    first = next(iter(cells.values()))
+    missing = ", ".join(c for c in CELLS if c not in cells) or "nothing"
     lines = ["# A real small run", "", study.command("real_study.py"), "",
-             f"Dialogues: {size}; seeds {args.seeds}. ±: 95 % over replies and, by Student's t, seeds.", "",
-             "## Features and subspaces", "", *evaluation.markdown("", facts | overlaps(starts)), ""]
-    for x in args.objectives:
-        final = at(f"{x} final")
-        lines += [f"## {x}", "", *main_table(final, base, x), *spoken_table(final, base)]
-        lines += rates_table(at(f"{x} grid"), base)
-    if at("variants"):
-        lines += ["## Variants (sft, first seed)", "", *variants_table(at("variants"), base)]
-    rows = list(csv_rows(stages, base))
-    files = {"real_study.md": "\n".join(lines), "real_study.csv": study.csv_text(rows)}
-    if "sails" in starts:
-        files["real_features.md"] = data.read_text(f"{starts['sails'].out}/features.md")
-    return files
+             f"Dialogues: {PARTS}; seeds {SEEDS}. ±: 95 % over replies and, by Student's t, seeds; of less, "
+             f"over seeds. Test: NLL of chosen per token, for dpo its loss. Not done: {missing}.", "",
+             *verdicts_table(comparisons(cells, base))]
+    for name, cell in cells.items():
+        lines += cell_table(name, cell, base)
+    return {"real_study.md": "\n".join(lines), "real_study.csv": study.csv_text(list(csv_rows(cells, base))),
+            "real_features.md": data.read_text(f"{first['sails'].runs[0].out}/features.md")}
 
-def settings():
-    """The command line; what it does not know is train.py's, in `more`."""
+def main():
     ap = data.Arguments(description=__doc__.splitlines()[0], allow_abbrev=False)
-    a, some = ap.add_argument, data.list_of
+    a = ap.add_argument
     a("--model", default="google/gemma-3-270m")
     a("--data", default=train.HH, help="HH-RLHF, or a file of preference pairs")
     a("--text", help="a folder of .txt files")
-    a("--prompts", default=train.LOOKALIKES, help="labelled look-alike prompts, harmless and harmful in turn")
     a("--out", type=Path, default=Path("runs/real"))
     a("--results", type=Path, help="a second folder for the report")
-    a("--methods", type=some(str, METHODS), default=list(METHODS))
-    a("--objectives", type=some(str, RATES), default=list(RATES))
-    a("--seeds", type=some(int), default=[0, 1, 2])
-    a("--no-variants", action="store_true")
+    a("--only", type=data.list_of(str, CELLS), default=CELLS, help="cells, done in the study's order")
     a("--jobs", type=int, default=2)
-    a("--again", type=int, metavar="N", help="repeat one finished run and compare")
+    a("--again", type=int, metavar="N", help="repeat N finished runs and compare")
     args, args.more = ap.parse_known_args()
-    return args
-
-def do_stages(args, base):
-    """Do all runs; {(stage, label): {(seed, rate): run}}, label a method or a variant of one."""
-    stages = {}
-    for x in args.objectives:
-        for m in args.methods:
-            stages[f"{x} grid", m] = runs_of(args, x, m, RATES[x], args.seeds[:1], f"--objective {x}")
-    wanted = "sails" in args.methods and "sft" in args.objectives and not args.no_variants
-    for label, options in VARIANTS.items() if wanted else ():
-        folder, rates = re.sub(r"\W+", "-", label), RATES["sft"][1:2] if options == LONG else RATES["sft"][:3]
-        stages["variants", "sails, as it is"] = dict(list(stages["sft grid", "sails"].items())[:3])
-        stages["variants", label] = runs_of(args, folder, label.split(",")[0], rates, args.seeds[:1], options)
-    flat = lambda: study.ordered([r for runs in stages.values() for r in runs.values()])
-    study.do(args.jobs, flat())
-    for x in args.objectives:
-        for m in args.methods:
-            best = best_rate(stages[f"{x} grid", m], base)
-            options = f"--objective {x} {TALK}"
-            stages[f"{x} final", m] = runs_of(args, f"{x}-final", m, [best], args.seeds, options)
-    study.do(args.jobs, flat())
-    return stages
-
-def main():
-    args = settings()
     torch.set_num_threads(1)  # as in the processes of --jobs: numbers depend on it
     write_data(args)
-    [base] = runs_of(args, "", "base", [1e-4], args.seeds[:1], TALK).values()
+    # runs keep freed memory: to page in the logits' again took a third of scoring's time
+    os.environ |= dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2 ** 34))
+    [[base, *_]] = runs_of(args, f"sft-{TALK}")["base"].values()
+    base.out, base.text = base.shared, args.text
+    base.data = str(args.out / f"data-dpo-{max(map(number, CELLS))}")  # SAEs are fitted on most dialogues
     study.do(1, [base])
-    stages = do_stages(args, base)
-    if args.again is not None:
-        return study.again(study.ordered([r for runs in stages.values() for r in runs.values()])[args.again])
-    path = args.out / "stability.json"
-    if not path.exists():
-        data.write_json(path, stability(base))
-    study.write_files([args.out, args.results or args.out], report(args, base, data.read_json(path), stages))
+    cells = {}
+    for name in (c for c in CELLS if c in args.only):
+        if name.startswith("best"):
+            data.need(f"sft-{TALK}" in cells, f"--only: {name} starts from sft-{TALK}")
+            cells[name] = do_best(args, base, cells[f"sft-{TALK}"])
+        else:
+            cells[name] = do_cell(args, base, runs_of(args, name))
+    if args.again:
+        runs = [r for cell in cells.values() for it in cell.values() for r in (*it.runs, *it.grid.values())]
+        return study.again(study.ordered(runs), args.again)
+    study.write_files([args.out, args.results or args.out], report(args, base, cells))
 
 if __name__ == "__main__":
     data.run_main(main)

@@ -143,11 +143,3 @@ def verdicts(gaps, matters):
                      "ahead in": f"{(x > 0).sum()} of {len(x)}",
                      "verdict": verdict(mean, half, adjusted[key], matters[key])}
     return rows
-
-def ahead(leads):
-    """One sentence of {method: (SAILS's lead over it, half-width)}: ahead only if 0 is outside."""
-    words = {"is ahead of": [], "cannot be told from": [], "is behind": []}
-    for m, (gap, half) in leads.items():
-        word = "is ahead of" if gap > half else "is behind" if gap < -half else "cannot be told from"
-        words[word].append(m)
-    return "SAILS " + "; ".join(f"{word} {', '.join(ms)}" for word, ms in words.items() if ms) + "."
