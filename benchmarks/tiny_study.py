@@ -117,10 +117,10 @@ def changed(old, new, part, rows):
 @torch.no_grad()
 def harm_direction(home):
     """(D,): where harmful requests lie from benign ones at LAYER, over the last three tokens."""
-    world, model = tiny_world.tiny_world(data.read_json(home / "world.json")["seed"]), model_gemma.load_gemma(home)
+    world = tiny_world.tiny_world(data.read_json(home / "world.json")["seed"])
     asked = tiny_world.all_requests(world, np.arange(len(world.topic)))
     prompts = [row["prompt_ids"] for row in data.encode(world.tok, asked, "tiny")[0]]  # of one length
-    h = model.residuals(data.pad(prompts)[0], [LAYER])[LAYER][:, -3:]  # (n, 3, D): object, ?, <model>
+    h = model_gemma.load_gemma(home).residuals(data.pad(prompts)[0], [LAYER])[LAYER][:, -3:]  # (n, 3, D)
     harmful = np.array([ex["label"] == "harmful" for ex in asked])
     return F.normalize(h[harmful].mean((0, 1)) - h[~harmful].mean((0, 1)), dim=0)
 
@@ -172,14 +172,10 @@ def rows_of(found, harm):
 
 def matched(found):
     """{(base, seed): row} at a base's lowest rate of validation balance .95; where none: as tuned."""
-    out = {}
-    for base in dict.fromkeys(b for b, _, _ in found):
-        mine = {key: r for key, r in found.items() if key[0] == base}
-        rates = sorted({lr for _, _, lr in mine})
-        balance = {lr: np.mean([r["validation"]["balance"] or 0 for (_, _, x), r in mine.items() if x == lr])
-                   for lr in rates}
-        out |= pick(mine, next((lr for lr in rates if balance[lr] >= .95), "tuned"))
-    return out
+    means = sorted(study.base_rows(found, ()), key=lambda row: -row["rate"])
+    lowest = {row["base"]: row["rate"] for row in means if row["validation balance"] >= .95}
+    return {(base, seed): found[base, seed, lowest.get(base, r["lr"])]
+            for (base, seed), r in pick(found, "tuned").items()}
 
 def gap(ours, theirs, column, sign=100):
     """(bases,): ours less theirs, in points."""
@@ -199,28 +195,18 @@ def gaps(done, steps):
     out["H5 trainable ahead of frozen"] = gap(tuned["sails"], tuned["frozen"], "balance")
     return out | {"H6 t ahead of |Delta|": gap(tuned["t"], tuned["sails"], "balance")}
 
-def interval(picked, column):
-    """(mean, half-width of the 95 % interval) over bases."""
-    return data.t_interval(over_bases(picked, column))
-
 def arm_table(arms, how, columns, ours=None):
     """Markdown lines: a row an arm at one rate a base, and its lead over SAILS in points of balance."""
     table = {}
     for arm, found in arms.items():
         picked = how(found)
-        table[arm] = {c: interval(picked, c) for c in columns if next(iter(picked.values()))[c] is not None}
+        table[arm] = {c: data.t_interval(over_bases(picked, c)) for c in columns
+                      if next(iter(picked.values()))[c] is not None}
         if ours:
             lead = data.t_interval(gap(picked, how(ours), "balance"))
             table[arm]["balance less SAILS's"] = "{:+.1f} ± {:.1f}".format(*lead)
         table[arm]["rates of bases"] = rate_counts(found, picked)
     return [*evaluation.markdown("arm", table), ""]
-
-def rate_table(arms):
-    """Markdown lines: balance at every rate of every arm."""
-    at = lambda found, lr: interval(pick(found, lr), "balance")
-    table = {arm: {f"{lr:g}": at(found, lr) for lr in sorted({lr for _, _, lr in found})}
-             for arm, found in arms.items()}
-    return [*evaluation.markdown("balance", table), ""]
 
 def figure(main):
     """SVG: SAILS's lead over LoRA against the share of the harm direction in its start, a dot a base."""
@@ -251,11 +237,11 @@ def report(args, done, steps):
             lines += [f"At {LOW:g}:", "", *arm_table(arms, lambda x: pick(x, LOW), COLUMNS, ours)]
     lines += ["## Steps to safety, tuned (H2)", "", *arm_table(steps, tuned, ("steps", "never")),
               "## At equal safety (H4)", "",
-              *arm_table({m: done[m] for m in steps}, matched, ("balance", "knowledge", *COSTS)),
-              "## Every rate", "", *rate_table(done)]
+              *arm_table({m: done[m] for m in steps}, matched, ("balance", "knowledge", *COSTS))]
     rows = [dict(arm=arm, **row) for arm, x in done.items()
             for row in study.base_rows(x, (*COLUMNS, "harm inside", *COSTS))]
-    of_bases = [dict(base=b) | {key: float(x[i]) for key, x in found.items()} for i, b in enumerate(args.bases)]
+    of_bases = [dict(base=b, **{key: float(x[i]) for key, x in found.items()})
+                for i, b in enumerate(args.bases)]
     return {"tiny_study.md": "\n".join(lines), "tiny_study.csv": study.csv_text(rows),
             "tiny_gaps.csv": study.csv_text(of_bases), "lead.svg": figure(done)}
 
