@@ -124,11 +124,14 @@ def largest(s, methods, config, size, limit, ranks, share):
     """The trial of the largest micro-batch that fits, with checkpointing only if none does without."""
     top = min(share, MOST_ON_A_CPU) if s.device == "cpu" else share
     for checkpointing in dict.fromkeys((s.checkpointing, True)):
-        done = trial(s, methods, config, size, limit, ranks, micro=1, checkpointing=checkpointing)
-        for micro in [top >> i for i in range(top.bit_length())] if done[2] else ():  # else none fits
-            done = trial(s, methods, config, size, limit, ranks, micro=micro, checkpointing=checkpointing)
-            if done[2]:
-                return done
+        at = lambda n: trial(s, methods, config, size, limit, ranks, micro=n, checkpointing=checkpointing)
+        done = at(top)
+        if not done[2]:
+            done = at(1)  # tells whether any fits
+            smaller = (at(top >> i) for i in range(1, top.bit_length())) if done[2] else ()
+            done = next((t for t in smaller if t[2]), done)
+        if done[2]:
+            return done
     return done
 
 def way_out(s, methods, config, size, *rest):

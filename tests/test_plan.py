@@ -63,6 +63,7 @@ def test_phases_hold_what_the_objective_and_the_method_keep(home):
     assert "reference" not in sft["training"] and dpo["training"]["reference"] == sft["training"]["weights"]
     assert dpo["training"]["activations"] == pytest.approx(2 * sft["training"]["activations"], rel=.1)
     assert "drawing" in rloo and set(of("base")) == {"evaluation"}
+    assert of("lora", "--text T --replay .5")["training"]["work"] > of("lora")["training"]["work"]
     assert of("lora")["training"]["trained"] == 1536 * 16
     both = settings(layers=[0, 1], width="16k", sae="S")
     sails = plan.phases(both, "sails", config, size)
