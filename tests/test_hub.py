@@ -1,6 +1,7 @@
-"""Files from the hub: whole programs, with nothing in them replaced, against a hub on loopback."""
+"""Files from the hub: whole programs, of which only pauses are cut short, against a hub on loopback."""
 import gzip
 import json
+import multiprocessing.forkserver
 import re
 import shutil
 import subprocess
@@ -34,6 +35,7 @@ CALL = "import data\ndef main():\n    {}\ndata.run_main(main)"
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """What the hub holds behind the names of the paper's run, and much that the run does not need."""
+    multiprocessing.forkserver.ensure_running()        # imports what it preloads beside this
     root = tmp_path_factory.mktemp("hub")
     folder, pairs = root / "models" / MODEL, root / "datasets" / PAIRS
     model_gemma.save_gemma(random_gemma(num_hidden_layers=32), folder, shard_bytes=300_000)

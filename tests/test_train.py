@@ -40,10 +40,6 @@ def test_a_batch_is_a_function_of_seed_and_step_and_an_epoch_sees_each_example_o
     assert len({str(data.batch_at(50, 50, seed, step)) for seed in (0, 1) for step in (0, 1)}) == 4
 
 # ---- a run ----
-@pytest.fixture(scope="module")
-def run(home, tmp_path_factory):
-    return trained(home, tmp_path_factory.mktemp("runs") / "sails", f"--test {home.test}")
-
 def test_a_run_leaves_its_files_and_nothing_half_written(run):
     names = lambda folder: {p.name for p in folder.iterdir()}
     measured = {"run.json", "results.json", *(f"{x}.jsonl" for x in (
