@@ -20,7 +20,7 @@ import model_gemma
 import sae as sae_module
 import sails
 import train
-from benchmarks import tiny_world
+from benchmarks import plan, tiny_world
 
 # heads * head_dim != D, fewer key/value heads: no factor fits in a wrong place; 381: the tiny world's words
 RAW = dict(model_type="gemma2", vocab_size=381, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
@@ -115,9 +115,15 @@ def trained(home, out, more=""):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "align", watched)
         patch.setattr(train, "judge_reward", parity)
+        patch.setattr(plan, "walked", lambda *_: [0, 0])           # memory is test_plan.py's
         code, seen.said, err = go(command(home, out, more))
     assert code == 0, err
     return seen
+
+def log(folder):
+    """log.jsonl without its timing."""
+    rows = [r for _, r in data.read_rows(folder / "log.jsonl")]
+    return [{k: x for k, x in r.items() if k != "tokens_per_s"} for r in rows]
 
 def parity(tok, stop):
     """A reward in place of the judge's: a random model never refuses."""

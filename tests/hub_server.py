@@ -4,7 +4,6 @@ Serves ROOT/models/owner/name/FILES and ROOT/datasets/...; a folder `name@rev` i
 Every file is redirected to another host, as the hub does with large ones. Not copied: a tree's pages, and Xet
 storage: with hub.xet = True files are said to lie there, and every request to it fails.
 """
-import functools
 import hashlib
 import http.server
 import json
@@ -174,6 +173,6 @@ def _script(folder, args, env, home):
     sys.path.insert(0, folder)
     assert "huggingface_hub" not in sys.modules and "data" not in sys.modules
     torch.set_num_threads(1)                           # with tensors this small threads wait for each other
-    time.sleep = functools.partial(lambda sleep, s: sleep(s / 20), time.sleep)  # between tries: seconds
+    sleep, time.sleep = time.sleep, lambda seconds: sleep(seconds / 20)  # between tries
     sys.argv = args
     runpy.run_path(args[0], run_name="__main__")

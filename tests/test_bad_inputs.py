@@ -1,5 +1,6 @@
 """Bad inputs, one a row: exit code 2, one line that says what and where, nothing created or changed."""
 import contextlib
+import glob
 import gzip
 import io
 import itertools
@@ -94,16 +95,10 @@ def place(files, monkeypatch):
         shutil.copy2(copy / p, p) if kept[p] else os.mkdir(p)
 
 def tree(top="."):
-    """{path in `top`: when it was written and its size, () for a folder} of all that lies there."""
-    found = {}
-    for folder, _, names in os.walk(top):
-        stats = [(path, os.stat(path)) for path in (os.path.join(folder, name) for name in names)]
-        found |= {folder: ()} | {path: (s.st_mtime_ns, s.st_size) for path, s in stats}
-    return {os.path.relpath(path, top): about for path, about in found.items()}
-
-def contents():
-    """{path: its bytes, () for a folder} of all that lies here."""
-    return {path: about and Path(path).read_bytes() for path, about in tree().items()}
+    """{path in `top`: when it was written and its size, False for a folder} of all that lies there."""
+    names = glob.glob("**", root_dir=top, recursive=True, include_hidden=True)
+    about = lambda path: path.is_file() and (path.stat().st_mtime_ns, path.stat().st_size)
+    return {name: about(Path(top, name)) for name in names}
 
 # ---- damages ----
 def remove(path):
@@ -251,6 +246,7 @@ def test_a_bad_input_ends_in_one_clear_line_and_changes_nothing(place, monkeypat
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     eval(damages or "()")
+    contents = lambda: {path: about and Path(path).read_bytes() for path, about in tree().items()}
     before = contents()
     try:
         with at_most(10):                              # no input hangs, on a busy machine either

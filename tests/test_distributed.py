@@ -19,7 +19,7 @@ import data
 import model_gemma
 import train
 from benchmarks import plan
-from conftest import FIT, by_two, command, free_port, go, parity, start
+from conftest import FIT, by_two, command, free_port, go, log, parity, start
 
 def rank_main(rank, n, port, out, fault, args):
     """One rank, with a fault: {"dies" | "stops" | "other base": at which rank or step}."""
@@ -101,9 +101,7 @@ def assert_alike(one, many):
         assert all(torch.allclose(a[k].float(), b[k].float(), atol=3e-6) for k in a), name
     for name in [n for n in names(one) if n.endswith(("responses.jsonl", "verdicts.jsonl", "params.npz"))]:
         assert (one / name).read_bytes() == (many / name).read_bytes(), name
-    untimed = lambda folder: [{k: x for k, x in r.items() if k != "tokens_per_s"}
-                              for _, r in data.read_rows(folder / "log.jsonl")]
-    for x, y in zip(untimed(one), untimed(many), strict=True):
+    for x, y in zip(log(one), log(many), strict=True):
         assert x == pytest.approx(y, rel=1e-4, abs=1e-5)
     nll = lambda folder: data.read_json(folder / "results.json")["validation"]["NLL"]
     assert nll(one) == pytest.approx(nll(many), abs=1e-5)

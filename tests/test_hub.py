@@ -1,7 +1,6 @@
 """Files from the hub: whole programs, of which only pauses are cut short, against a hub on loopback."""
 import gzip
 import json
-import multiprocessing.forkserver
 import re
 import shutil
 import subprocess
@@ -35,7 +34,6 @@ CALL = "import data\ndef main():\n    {}\ndata.run_main(main)"
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """What the hub holds behind the names of the paper's run, and much that the run does not need."""
-    multiprocessing.forkserver.ensure_running()        # imports what it preloads beside this
     root = tmp_path_factory.mktemp("hub")
     folder, pairs = root / "models" / MODEL, root / "datasets" / PAIRS
     model_gemma.save_gemma(random_gemma(num_hidden_layers=32), folder, shard_bytes=300_000)
@@ -159,7 +157,8 @@ def test_a_download_cut_in_the_middle_goes_on_where_it_broke(go, hub, tmp_path):
 def test_a_busy_hub_is_asked_again_and_one_out_of_order_is_done_without_if_all_is_cached(go, hub):
     hub.broken = {MODEL: (503, None, "busy")}
     busy = lambda: data.time.sleep(.01) or sum(status == 503 for _, _, status, _ in hub.log)
-    threading.Thread(target=lambda: any(n > 1 for n in iter(busy, -1)) and hub.broken.clear()).start()
+    mend = lambda: any(n > 1 for n in iter(busy, -1)) and hub.broken.clear()
+    threading.Thread(target=mend, daemon=True).start()
     first = said(go(SHOW(MODEL)))
     assert 1 < busy() < 4
     hub.broken = {MODEL: (500, None, "out of order")}
@@ -180,8 +179,7 @@ GATED = "GatedRepo", "you are not in the authorized list"
     (SHOW(MODEL), {}, {"tokenizer.json": GONE}, [PAGE, "gone", "tree/main"]),
     (f"data.fetch('{MODEL}', ['*.h5', '*.pt'])", {}, {}, [MODEL, "no file like *.h5 or *.pt"]),
     (SHOW(MODEL), {}, {MODEL: (500, None, "out of order")}, [PAGE, "out of order", "later"]),
-    (SHOW(MODEL), GOOD, {"tokenizer.json": (403, None, "token lacks a right")}, [PAGE, "lacks a right"]),
-])
+    (SHOW(MODEL), GOOD, {"tokenizer.json": (403, None, "token lacks a right")}, [PAGE, "lacks a right"])])
 def test_a_fault_ends_in_one_line_that_names_the_place_and_the_way_out(go, hub, code, env, faults, words):
     hub.broken = faults
     refused(go(code, **env), *(word.format(url=hub.url) for word in words))

@@ -116,10 +116,8 @@ def test_published_270m_and_9b_configs_need_no_layer_types(kind, layers, full, c
 
 # ---------------------------------------------------------------------- live, where transformers is installed
 @pytest.mark.parametrize("kind, changes", [
-    ("gemma2", dict()),
+    ("gemma2", {}), ("gemma2", dict(sliding_window=64, num_hidden_layers=4)), ("gemma3", {}),
     ("gemma2", dict(attn_logit_softcapping=50., num_attention_heads=5, num_key_value_heads=1)),
-    ("gemma2", dict(sliding_window=64, num_hidden_layers=4)),
-    ("gemma3", dict()),
     ("gemma3", dict(num_key_value_heads=1, layer_types=None, num_hidden_layers=7))], ids=str)
 @dtypes
 def test_logits_equal_transformers_live(kind, changes, dtype, tol, tmp_path):

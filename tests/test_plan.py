@@ -81,9 +81,9 @@ def test_auto_takes_the_largest_that_fits_and_checkpointing_only_if_it_must(home
     size.held, size.asked, size.pair = 8, 0, 256       # training is the largest phase
     ask = ["lora"], config, size
     total = lambda n, again: plan.peak(plan.trial(settings(), *ask, 0, 1, micro=n, checkpointing=again)[1])[1]
-    four, one, less = total(4, False), total(1, False), total(1, True)
-    assert less < one < four
-    for limit, want in ((four, (4, False)), (one, (1, False))):
+    four, two, one, less = total(4, False), total(2, False), total(1, False), total(1, True)
+    assert less < one < two < four
+    for limit, want in ((four, (4, False)), (two, (2, False)), (one, (1, False))):
         t, _, fits = plan.largest(settings(), *ask, limit, 1, 4)
         assert fits and (t.micro, t.checkpointing) == want
     assert plan.largest(settings(), *ask, (less + one) / 2, 1, 4)[0].checkpointing

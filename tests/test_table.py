@@ -13,7 +13,7 @@ import lora
 import model_gemma
 import sails
 import train
-from benchmarks import plan, tiny_world
+from benchmarks import tiny_world
 from conftest import FIT, TOP, command, random_gemma, start, trained
 
 FIRST = "--steps 2 --seed 0 --lr 1e-3 --full-lr 1e-3".split()
@@ -77,9 +77,7 @@ def made(home, tmp_path_factory):
     @functools.cache
     def make(options):
         more = options.replace("TEXT", f"{tmp}/text").replace("TEST", home.test)
-        with pytest.MonkeyPatch.context() as patch:    # what memory is needed is test_plan.py's
-            patch.setattr(plan, "walked", lambda *_: [0, 0])
-            run = trained(home, tmp / str(make.cache_info().misses), more)
+        run = trained(home, tmp / str(make.cache_info().misses), more)
         moved = {n for n, x in run.end.items() if not torch.equal(x, run.start[n])}
         assert moved == run.trains                     # the base's weights, in memory, among what stays
         assert all(torch.equal(x, base[n]) for n, x in run.start.items() if n in base)

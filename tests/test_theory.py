@@ -192,8 +192,7 @@ def small(monkeypatch):
 @pytest.mark.parametrize("name, wrong", [
     ("sae_bound", lambda eps, r, sigma: r ** .5 * eps / sigma), ("direct_floor", lambda r: r ** .5),
     ("sae_bound", lambda eps, r, sigma: (2 * r) ** .5 * eps), ("selection_probability", lambda *_: 1 - 1e-4),
-    ("truncation_floor", lambda r, r_s: (r + r_s) ** .5),
-    ("t_probability", lambda *_: 1 - 1e-4),
+    ("truncation_floor", lambda r, r_s: (r + r_s) ** .5), ("t_probability", lambda *_: 1 - 1e-4),
     ("trained_estimate", lambda world, h, seed: (world.W[:6].T, 1e-3, 1e-3, world.W[:6].T))])
 def test_a_wrong_bound_is_called_violated_and_the_exit_code_is_one(small, name, wrong, monkeypatch):
     monkeypatch.setattr(theory, name, wrong)

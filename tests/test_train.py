@@ -15,12 +15,7 @@ import model_gemma
 import sae as sae_module
 import sails
 import train
-from conftest import FIT, command, go, parity, random_gemma, random_sae, trained
-
-def log(folder):
-    """log.jsonl without its timing."""
-    rows = [r for _, r in data.read_rows(folder / "log.jsonl")]
-    return [{k: x for k, x in r.items() if k != "tokens_per_s"} for r in rows]
+from conftest import FIT, command, go, log, parity, random_gemma, random_sae, trained
 
 def same_files(a, b, *names):
     return [(a / name).read_bytes() == (b / name).read_bytes() for name in names] == [True] * len(names)

@@ -47,15 +47,13 @@ def test_1_a_preference_pair_becomes_ids_and_a_mask_over_its_last_prompt_tokens(
     words = [world.tok.id_to_token(i).strip("▁") for i in ids]
     assert words[:4] == ["<bos>", "<user>", *rows[0]["turns"][0]["content"].split()[:2]]
     marked = [w for w, m in zip(words, mask) if m]
-    assert marked[0].startswith("harm")
-    assert marked[1:] == ["?", "<model>"]
+    assert marked[0].startswith("harm") and marked[1:] == ["?", "<model>"]
 
 def test_2_the_planted_feature_fires_at_the_harmful_word_alone(model, sae, rows):
     harmful, benign = (pair[0] for pair in sails.contrast_pairs(rows, "prompts")[0])
     a, u = (sae.encode(model.residuals(torch.tensor([ids]), [LAYER])[LAYER][0]) for ids in (harmful, benign))
     assert [t for t in range(1, len(harmful)) if a[t, PLANTED] > 0] == [len(harmful) - 3]      # the object
-    assert not u[1:, PLANTED].any()
-    assert bool((a[:, ALWAYS] == 9).all())
+    assert not u[1:, PLANTED].any() and bool((a[:, ALWAYS] == 9).all())
 
 def test_3_delta_is_the_difference_of_mean_activations_and_picks_the_planted_feature(model, sae, rows):
     pairs = sails.contrast_pairs(rows, "prompts", last=3)
