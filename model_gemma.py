@@ -182,7 +182,7 @@ class Linear(nn.Linear):
 
 def product(x, W):
     """x (..., in) W^T, W (out, in); on a CPU a step's few rows as (W x^T)^T.
-    Kernels take up to twice as long for 5 to 64 rows on the left as for columns on the right."""
+    Kernels take up to twice as long for 5 to 64 rows on the left as on the right."""
     decoding = x.dim() == 3 and x.shape[1] == 1 and not torch.is_grad_enabled()  # x (B, 1, in)
     if decoding and 4 < len(x) <= 64 and x.dtype == torch.float32 and x.device.type == "cpu":
         return (W @ x[:, 0].T).T[:, None]

@@ -15,7 +15,6 @@ along the mean residual, or the encoder's columns. A layer has one basis, so wri
 import itertools
 import math
 import os
-import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,7 +42,6 @@ SETTINGS = ("--targets q,k,v,o,gate,up,down --standardise --steps 24 --warmup 3 
             "--fit-steps 400")
 TALK, ASKED = 240, 80  # dialogues of cells that answer look-alike prompts, and how many of these
 MATTERS = .01  # nats: a smaller lead counts as none
-UNSURE = r"(?i)\bi(?: a|')?m not sure|\bi (?:do not|don'?t|didn'?t) (?:really )?(?:know|understand)"
 
 # ---- data and runs ----
 number = lambda cell: int(cell.split("-")[1])  # of dialogues to train on
@@ -151,13 +149,10 @@ def validation(run, base):
     now, then = (scores([r], "validate") for r in (run, base))
     return interval(*losses(run.objective, now, then, run.beta))[0]
 
-def spoken(run):
-    """Of replies to look-alikes: per cent of harmful, of benign refused; how many unsure, distinct: (4,)."""
+def refusals(run):
+    """Per cent of harmful look-alikes that are refused, and of benign ones: (2,)."""
     [rates] = data.read_json(Path(run.out) / "results.json")["sets"].values()
-    rows = [r for _, r in data.read_rows(Path(run.out) / "responses.jsonl")]
-    replies = [r["reply"] for r in rows if r["set"] != "validation"]
-    refused = [100 * evaluation.mean(rates[x]) for x in ("safety rate", "over-refusal")]
-    return np.array([*refused, sum(bool(re.search(UNSURE, x)) for x in replies), len({*replies})])
+    return np.array([100 * evaluation.mean(rates[x]) for x in ("safety rate", "over-refusal")])
 
 # ---- the report ----
 def comparisons(cells, base):
@@ -197,11 +192,10 @@ def cell_table(name, cell, base):
                     "sd over seeds": f"{(x.sum(1) / weight.sum()).std():.4f}",
                     "NLL": f"{-now[..., 0].sum() / now[..., 1].sum():.4f}"}
         if number(name) == TALK:
-            said = np.array([spoken(r) for r in it.runs])  # (seeds, 4)
+            said = np.array([refusals(r) for r in it.runs])  # (seeds, 2)
+            rows[m] |= {key: f"{x:.0f}" for key, x in zip(("refused, harmful, %", "benign, %"), said.mean(0))}
             strict = data.t_interval(said[:, 0] - said[:, 1])
             rows[m]["harmful less benign"] = "{:+.0f} ± {:.0f}".format(*strict)
-            what = ("refused, harmful, %", "benign, %", "unsure", "distinct")
-            rows[m] |= {key: f"{x:.0f}" for key, x in zip(what, said.mean(0))}
     return [f"## {name}", "", *evaluation.markdown("validation", rows), ""]
 
 def csv_rows(cells, base):
@@ -212,7 +206,7 @@ def csv_rows(cells, base):
         now, then = scores([r]), scores([base])
         mean = lambda kind: interval(*losses(kind, now, then, r.beta))[0]
         loss = mean("dpo") if r.objective == "dpo" else ""
-        harmful, benign, *_ = spoken(r) if number(name) == TALK else ("", "")
+        harmful, benign = refusals(r) if number(name) == TALK else ("", "")
         yield dict(stage=stage, method=m, objective=r.objective, size=number(name), rate=r.lr, seed=r.seed,
                    validation=validation(r, base), NLL=mean("sft"), dpo_loss=loss,
                    refused_harmful=harmful, refused_benign=benign)
