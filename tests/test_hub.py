@@ -203,6 +203,7 @@ def test_prompts_come_from_a_hub_data_set_by_its_id_or_from_a_folder_of_that_nam
     with pytest.raises(data.UserError, match="no such file: some-lab/prompts.csv"):
         data.read_prompts(["some-lab/prompts.csv"])
 
+@pytest.mark.slow
 def test_a_full_disk_says_so(hub, tmp_path):
     """A cache of 64 kB, in a mount namespace of its own; skipped where the system allows none."""
     space = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o size=64k none {tmp_path} && exec "$0" "$@"']
