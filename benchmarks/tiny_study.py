@@ -141,7 +141,8 @@ def costs(run):
     path, split = Path(run.out) / "costs.json", Path(run.data)
     if path.exists():
         return
-    sets = train.kept_sets(run)
+    with contextlib.redirect_stdout(io.StringIO()):
+        sets = train.kept_sets(run)
     base = train.keep("base", run.model, lambda: model_gemma.load_gemma(run.model))
     model = model_gemma.load_gemma(run.out if run.method == "full" else run.model)
     if run.method != "full":
