@@ -78,21 +78,21 @@ def csv_text(rows):
     return out.getvalue()
 
 # ---- numbers of runs, {(base, seed, rate): row} ----
-def pick(found, how):
-    """{(base, seed): row} at one rate a base: "tuned" as train.py chooses it, or this number."""
-    out = {}
-    for base in dict.fromkeys(b for b, _, _ in found):
-        mine = {key: r for key, r in found.items() if key[0] == base}
-        [tuned] = evaluation.best_rates(mine.values()).values()
-        lr = tuned if how == "tuned" else how
-        out |= {(base, seed): r for (_, seed, rate), r in mine.items() if rate == lr}
-    return out
+def tuned(found):
+    """{base: rate}: the best by validation, as train.py chooses it."""
+    rows = {}
+    for (base, _, _), r in found.items():
+        rows.setdefault(base, []).append(r)
+    return {base: lr for base, some in rows.items() for lr in evaluation.best_rates(some).values()}
 
-def rate_counts(found, picked):
+def at(found, rates):
+    """{(base, seed): row} at these rates, {base: rate}."""
+    return {(base, seed): r for (base, seed, lr), r in found.items() if lr == rates[base]}
+
+def rate_counts(found, rates):
     """How many bases got which rate, as text; "edge" if most are at an end of the grid."""
-    grid = sorted({lr for _, _, lr in found})
-    used = Counter({base: r["lr"] for (base, _), r in picked.items()}.values())
-    edge = " (edge)" if len(grid) > 1 and 2 * (used[grid[0]] + used[grid[-1]]) > sum(used.values()) else ""
+    grid, used = sorted({lr for _, _, lr in found}), Counter(rates.values())
+    edge = " (edge)" if len(grid) > 1 and 2 * (used[grid[0]] + used[grid[-1]]) > len(rates) else ""
     return ", ".join(f"{lr:g} x{used[lr]}" for lr in grid if used[lr]) + edge
 
 def base_rows(found, columns):

@@ -31,7 +31,7 @@ import sails
 import train
 from benchmarks import study, tiny_world
 from benchmarks.pictures import svg_lines, svg_sheet
-from benchmarks.study import over_bases, pick, rate_counts
+from benchmarks.study import at, over_bases, rate_counts, tuned
 
 LAYER, WRONG_LAYER = 2, 0  # where SAILS reads an SAE, and where harm is not yet formed
 LOW = 1e-3  # the rate of the exploratory study's lead
@@ -76,9 +76,8 @@ def watched(args, done):
     """{arm: {(base, seed, rate): run}}: the four methods at tuned rates, watched on unseen topics."""
     out = {}
     for arm in ("sails", *OTHERS):
-        options, tuned = ARMS[arm] + " --data {home}/unseen-{seed} --watch 2", pick(done[arm], "tuned")
-        parts = [variant(args, f"steps {arm}", options, [tuned[base, args.seeds[0]]["lr"]], [base])
-                 for base in args.bases]
+        options, rates = ARMS[arm] + " --data {home}/unseen-{seed} --watch 2", tuned(done[arm])
+        parts = [variant(args, f"steps {arm}", options, [rates[base]], [base]) for base in args.bases]
         out[arm] = {key: r for part in parts for key, r in part.items()}
     return out
 
@@ -159,7 +158,6 @@ def steps_to_safety(run):
     safe = [row["step"] + 1 for row in log if row["safety rate"] >= .9 and row["over-refusal"] <= .05]
     return dict(steps=[*safe, run.steps + 2][0], never=float(not safe))
 
-# ---- the report ----
 def rows_of(found, harm):
     """{(base, seed, rate): row}: results.json, its measures on unseen topics as columns."""
     out = {}
@@ -171,49 +169,66 @@ def rows_of(found, harm):
         out[key] = row | (data.read_json(cost) if cost.exists() else {})
     return out
 
-def matched(found):
-    """{(base, seed): row} at a base's lowest rate of validation balance .95; where none: as tuned."""
+# ---- rules that pick rates, {base: rate} of an arm, beside study.tuned ----
+def equal_safety(found):
+    """The lowest rate of validation balance .95; where none reaches it: as tuned."""
     means = sorted(study.base_rows(found, ()), key=lambda row: -row["rate"])
-    lowest = {row["base"]: row["rate"] for row in means if row["validation balance"] >= .95}
-    return {(base, seed): found[base, seed, lowest.get(base, r["lr"])]
-            for (base, seed), r in pick(found, "tuned").items()}
+    return tuned(found) | {row["base"]: row["rate"] for row in means if row["validation balance"] >= .95}
 
+def cautious(found):
+    """The best validation balance as tuned, but of equal ones the lowest rate."""
+    means = sorted(study.base_rows(found, ()), key=lambda row: (row["validation balance"], -row["rate"]))
+    return {row["base"]: row["rate"] for row in means}
+
+def low(found):
+    """LOW for every base."""
+    return {base: LOW for base, _, _ in found}
+
+# ---- the report ----
 def gap(ours, theirs, column, sign=100):
     """(bases,): ours less theirs, in points."""
     return sign * (over_bases(ours, column) - over_bases(theirs, column))
 
 def gaps(done, steps):
     """{comparison: (bases,)} of all hypotheses."""
-    tuned = {arm: pick(found, "tuned") for arm, found in done.items()}
-    equal, sooner = {m: matched(done[m]) for m in steps}, {m: pick(x, "tuned") for m, x in steps.items()}
-    leads = [gap(tuned[f"sails, {n} pairs"], tuned[f"lora, {n} pairs"], "balance") for n in SIZES]
-    leads.append(gap(tuned["sails"], tuned["lora"], "balance"))
+    best, sooner = ({arm: at(found, tuned(found)) for arm, found in x.items()} for x in (done, steps))
+    equal = {m: at(done[m], equal_safety(done[m])) for m in steps}
+    leads = [gap(best[f"sails, {n} pairs"], best[f"lora, {n} pairs"], "balance") for n in SIZES]
+    leads.append(gap(best["sails"], best["lora"], "balance"))
     x = -np.log2([*SIZES, PAIRS])  # one more a halving
-    out = {f"H1 balance ahead of {m}": gap(tuned["sails"], tuned[m], "balance") for m in OTHERS}
+    out = {f"H1 balance ahead of {m}": gap(best["sails"], best[m], "balance") for m in OTHERS}
     out |= {f"H2 steps ahead of {m}": gap(sooner["sails"], sooner[m], "steps", -1) for m in OTHERS}
     out["H3 lead gained a halving"] = (x - x.mean()) @ np.array(leads) / ((x - x.mean()) ** 2).sum()
     out |= {f"H4 knowledge ahead of {m}": gap(equal["sails"], equal[m], "knowledge") for m in OTHERS}
-    out["H5 trainable ahead of frozen"] = gap(tuned["sails"], tuned["frozen"], "balance")
-    return out | {"H6 t ahead of |Delta|": gap(tuned["t"], tuned["sails"], "balance")}
+    out["H5 trainable ahead of frozen"] = gap(best["sails"], best["frozen"], "balance")
+    return out | {"H6 t ahead of |Delta|": gap(best["t"], best["sails"], "balance")}
 
-def arm_table(arms, how, columns, ours=None):
-    """Markdown lines: a row an arm at one rate a base, and its lead over SAILS in points of balance."""
+def arm_table(arms, rule, columns, ours=None):
+    """Markdown lines: a row an arm at the rule's rates, and its lead over SAILS in points of balance."""
     table = {}
     for arm, found in arms.items():
-        picked = how(found)
+        picked = at(found, rule(found))
         table[arm] = {c: data.t_interval(over_bases(picked, c)) for c in columns
                       if next(iter(picked.values()))[c] is not None}
         if ours:
-            lead = data.t_interval(gap(picked, how(ours), "balance"))
+            lead = data.t_interval(gap(picked, at(ours, rule(ours)), "balance"))
             table[arm]["balance less SAILS's"] = "{:+.1f} ± {:.1f}".format(*lead)
-        table[arm]["rates of bases"] = rate_counts(found, picked)
+        table[arm]["rates of bases"] = rate_counts(found, rule(found))
     return [*evaluation.markdown("arm", table), ""]
+
+def rate_table(arms, column="balance"):
+    """Markdown lines: an arm's mean balance over bases at each of its rates, the lowest first."""
+    grid = lambda found: sorted({lr for _, _, lr in found})
+    mean = lambda found, lr: over_bases(at(found, dict.fromkeys((b for b, _, _ in found), lr)), column).mean()
+    table = {arm: {str(i): f"{mean(found, lr):.3f}" for i, lr in enumerate(grid(found), 1)}
+             for arm, found in arms.items()}
+    return [*evaluation.markdown(f"{column} at rate", table), ""]
 
 def figure(main):
     """SVG: SAILS's lead over LoRA against the share of the harm direction in its start, a dot a base."""
     pictures = []
-    for name, how in {"tuned": "tuned", f"at {LOW:g}": LOW}.items():
-        ours, theirs = pick(main["sails"], how), pick(main["lora"], how)
+    for name, rule in {"tuned": tuned, f"at {LOW:g}": low}.items():
+        ours, theirs = (at(main[m], rule(main[m])) for m in ("sails", "lora"))
         x, y = over_bases(ours, "harm inside"), gap(ours, theirs, "balance")
         r = np.corrcoef(x, y)[0, 1] if len(x) > 2 else float("nan")
         pictures.append(svg_lines({name: list(zip(x, y))}, f"Lead over LoRA, points of balance, {name}",
@@ -222,7 +237,7 @@ def figure(main):
 
 def report(args, done, steps):
     """{file: text} of the report, its CSVs and figure."""
-    tuned, found = (lambda arm: pick(arm, "tuned")), gaps(done, steps)
+    found = gaps(done, steps)
     matters = {key: MATTERS.get(key[:2], 1.) for key in found}
     lines = ["# The tiny world: six hypotheses", "", study.command("tiny_study.py"), "",
              f"Bases {args.bases}, seeds {args.seeds}; {sum(map(len, done.values()))} runs and "
@@ -235,10 +250,13 @@ def report(args, done, steps):
         lines += [f"## {title}", "", *arm_table(arms, tuned, (*COLUMNS, "harm inside"), ours)]
         if title == "Controls":
             arms = {arm: done[arm] for arm in ("sails", "lora", "random", *arms)}
-            lines += [f"At {LOW:g}:", "", *arm_table(arms, lambda x: pick(x, LOW), COLUMNS, ours)]
+            lines += [f"At {LOW:g}:", "", *arm_table(arms, low, COLUMNS, ours)]
     lines += ["## Steps to safety, tuned (H2)", "", *arm_table(steps, tuned, ("steps", "never")),
               "## At equal safety (H4)", "",
-              *arm_table({m: done[m] for m in steps}, matched, ("balance", "knowledge", *COSTS))]
+              *arm_table({m: done[m] for m in steps}, equal_safety, ("balance", "knowledge", *COSTS)),
+              "## Every rate", "", *rate_table(done),
+              "## Not in the plan: of equal validation balances the lowest rate", "",
+              *arm_table(done, cautious, COLUMNS, done["sails"])]
     rows = [dict(arm=arm, **row) for arm, x in done.items()
             for row in study.base_rows(x, (*COLUMNS, "harm inside", *COSTS))]
     of_bases = [dict(base=b, **{key: float(x[i]) for key, x in found.items()})

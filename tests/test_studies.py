@@ -36,14 +36,15 @@ def rows(shift, method="sails"):  # validation prefers the second rate in base 0
             for b in (0, 1) for s in (0, 1) for lr in (.001, .003)}
 
 def test_rates_are_chosen_within_a_base_by_validation_and_the_csv_holds_every_rate():
-    picked = study.pick(rows(.2), "tuned")
-    assert [r["lr"] for r in picked.values()] == [.003, .003, .001, .001]
-    assert study.rate_counts(rows(.2), picked) == "0.001 x1, 0.003 x1 (edge)"
+    rates = study.tuned(rows(.2))
+    assert rates == {0: .003, 1: .001}
+    assert [r["lr"] for r in study.at(rows(.2), rates).values()] == [.003, .003, .001, .001]
+    assert study.rate_counts(rows(.2), rates) == "0.001 x1, 0.003 x1 (edge)"
     found = study.csv_text(list(study.base_rows(rows(.2), ["balance"]))).splitlines()
     assert len(found) == 5 and found[2] == "0.003,0,2,0.5,0.0,0.705"
 
 def test_gaps_are_paired_by_base_in_points():
-    ours, theirs = (study.pick(rows(x), .003) for x in (.2, .1))
+    ours, theirs = (study.at(rows(x), {0: .003, 1: .003}) for x in (.2, .1))
     assert tiny_study.gap(ours, theirs, "balance") == pytest.approx([10, 10])
 
 def test_a_lead_that_grows_as_pairs_get_fewer_has_a_positive_slope():
@@ -56,9 +57,10 @@ def test_a_lead_that_grows_as_pairs_get_fewer_has_a_positive_slope():
     assert tiny_study.gaps(done, steps)["H3 lead gained a halving"] == pytest.approx([2])
 
 def test_equal_safety_is_the_lowest_rate_that_reaches_it_on_validation():
-    found = {(0, 0, lr): dict(method="sails", lr=lr, validation=dict(balance=x, NLL=0.))
-             for lr, x in ((.001, .9), (.002, .96), (.004, 1.))}
-    assert [r["lr"] for r in tiny_study.matched(found).values()] == [.002]
+    found = {(0, 0, lr): dict(method="sails", lr=lr, validation=dict(balance=x, NLL=-lr))
+             for lr, x in ((.001, .9), (.002, .96), (.004, 1.), (.008, 1.))}
+    assert tiny_study.equal_safety(found) == {0: .002}
+    assert study.tuned(found) == {0: .008} and tiny_study.cautious(found) == {0: .004}
 
 @pytest.mark.slow
 def test_the_tiny_study_reports_what_its_folders_hold_skips_and_repeats_them(world, tmp_path, monkeypatch):
