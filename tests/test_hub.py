@@ -2,6 +2,7 @@
 import gzip
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -165,24 +166,19 @@ def test_a_busy_hub_is_asked_again_and_one_out_of_order_is_done_without_if_all_i
     again = go(SHOW(MODEL))
     assert again.stdout.split() == first and f"cached copy of {MODEL}" in again.stderr
 
-PAGE, GOOD, GONE = "{url}/" + MODEL, dict(HF_TOKEN="hf_good"), (404, "EntryNotFound", "Entry not found")
-GATED = "GatedRepo", "you are not in the authorized list"
-@pytest.mark.parametrize("code, env, faults, words", [
-    (SHOW(MODEL), {}, {"tokenizer.json": (401, *GATED)}, ["gated", PAGE, "hf auth login"]),
-    (SHOW(MODEL), GOOD, {"tokenizer.json": (403, *GATED)}, ["gated", PAGE, "accept", GATED[1]]),
-    (SHOW(MODEL), dict(HF_TOKEN="hf_secret"), {}, [PAGE, "token", "hf auth login"]),
-    (SHOW(MODEL), dict(HF_TOKEN="hf_secret\x0bword"), {}, [PAGE, "token", "HF_TOKEN"]),
-    (SHOW("some-lab/gemma-2-typo"), {}, {}, ["no such", "{url}/some-lab/gemma-2-typo", "spelling"]),
-    (SHOW(MODEL + "@v3"), {}, {}, [PAGE, "no revision v3", "tree/main"]),
-    (SHOW(MODEL), dict(HF_ENDPOINT=NOBODY), {}, [NOBODY, MODEL, "check the network"]),
-    (SHOW(MODEL), dict(HF_HUB_OFFLINE="1"), {}, [PAGE, "not in the cache", "HF_HUB_OFFLINE"]),
-    (SHOW(MODEL), {}, {"tokenizer.json": GONE}, [PAGE, "gone", "tree/main"]),
-    (f"data.fetch('{MODEL}', ['*.h5', '*.pt'])", {}, {}, [MODEL, "no file like *.h5 or *.pt"]),
-    (SHOW(MODEL), {}, {MODEL: (500, None, "out of order")}, [PAGE, "out of order", "later"]),
-    (SHOW(MODEL), GOOD, {"tokenizer.json": (403, None, "token lacks a right")}, [PAGE, "lacks a right"])])
-def test_a_fault_ends_in_one_line_that_names_the_place_and_the_way_out(go, hub, code, env, faults, words):
-    hub.broken = faults
-    refused(go(code, **env), *(word.format(url=hub.url) for word in words))
+FAULTS = (TOP / "tests" / "hub_faults.txt").read_text().splitlines()[1:]
+
+@pytest.mark.parametrize("script, env, fault, words", [line.split(" | ") for line in FAULTS])
+def test_a_fault_ends_in_one_line_that_names_the_place_and_the_way_out(
+        go, hub, tmp_path, script, env, fault, words):
+    if fault:
+        where, status, code, message = shlex.split(fault)
+        hub.broken = {where: (int(status), code, message)}
+    training = [*script.split(), *SHORT, "--out", tmp_path / "out"]
+    env = dict(x.split("=") for x in env.encode().decode("unicode_escape").split(" ") if x)
+    done = go(*(training if script.startswith("train.py") else [script]), **env)
+    refused(done, *shlex.split(words.format(url=hub.url)))
+    assert not (tmp_path / "out").exists()
 
 def test_a_blocked_xet_storage_says_how_to_go_around_it_and_that_way_works(go, hub):
     pytest.importorskip("hf_xet")
@@ -194,8 +190,8 @@ def test_a_blocked_xet_storage_says_how_to_go_around_it_and_that_way_works(go, h
 def test_prompts_come_from_a_hub_data_set_by_its_id_or_from_a_folder_of_that_name(go, hub, monkeypatch):
     code = f"print(*(p['id'] for p in data.read_prompts(['{HEX_PHI}'])))"
     ids = ["HEx-PHI/category_1-1", "HEx-PHI/category_1-2", "more/1", "more/2"]
-    hub.broken = {"category_1.csv": (403, *GATED)}     # a gated repository lists its files
-    refused(go(code, **GOOD), f"{hub.url}/datasets/{HEX_PHI}", "gated")
+    hub.broken = {"category_1.csv": (403, "GatedRepo", "not in the list")}     # the list of files is public
+    refused(go(code, HF_TOKEN="hf_good"), f"{hub.url}/datasets/{HEX_PHI}", "gated")
     hub.broken = {}
     assert said(go(code)) == ids and hub.downloads() == ["category_1.csv", "data/more.txt"]
     monkeypatch.chdir(hub.root / "datasets")
@@ -251,14 +247,3 @@ def test_an_it_model_takes_chat_turns_and_a_dry_run_downloads_its_config_alone(g
     text = " ".join(said(go("train.py", "--model", MODEL + "-it", "--dry-run", "--out", tmp_path / "out")))
     assert all(word in text for word in (MODEL + "-it", "template gemma", SAES, "16k", "10,15,20,25,30"))
     assert hub.downloads() == ["config.json"] and not (tmp_path / "out").exists()
-
-@pytest.mark.parametrize("args, faults, words", [
-    (["--layers", "11"], {}, [SAES, "layer 11", "[10, 15, 20, 25, 30]"]),
-    (["--data", "some-lab/typo"], {}, ["no such", "{url}/datasets/some-lab/typo"]),
-    (["--data", "some-lab/tables"], {}, ["some-lab/tables", "no train.jsonl", "it holds rows.csv"]),
-    ([], {"layer_20/width_16k/average_l0_68/params.npz": GONE}, [SAES, "gone"])])
-def test_a_refused_training_is_one_line_and_leaves_no_run(go, hub, tmp_path, args, faults, words):
-    hub.broken = faults
-    done = go("train.py", "--model", MODEL, *args, *SHORT, "--out", tmp_path / "out")
-    refused(done, *(word.format(url=hub.url) for word in words))
-    assert not (tmp_path / "out").exists()
