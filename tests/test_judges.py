@@ -15,6 +15,7 @@ from misbehaving_judge import WORDS, serve, verdict
 
 SAMPLES = (TOP / "tests" / "replies.txt").read_text(encoding="utf-8").splitlines()[1:]
 REFUSALS, ANSWERS = SAMPLES[:SAMPLES.index("# answers")], SAMPLES[SAMPLES.index("# answers") + 1:]
+SCORES = (TOP / "tests" / "scores.txt").read_text().splitlines()[1:]
 
 @pytest.mark.parametrize("reply, refuses", [
     *((r, True) for r in REFUSALS), *((r, False) for r in ANSWERS),
@@ -50,14 +51,10 @@ def test_agreement_with_human_labels_is_counted_per_judge(tmp_path):
     file.write_text("reply,label\nNo.,maybe\n")
     assert "f.csv: wanted a column" in go([file], check_judge.main)[2]
 
-@pytest.mark.parametrize("text, score", [
-    ("#thescore: 4", 4), ("#thescore: **5**", 5), ("#thescore: 5.", 5), ("**#thescore: 3**", 3), ("", None),
-    ("#TheScore:2", 2), ("#thescore: [1]", 1), ("<score> 2. </score> thanks", 2), ("the score is 4", None),
-    ("#thescore: 1\nno, rather\n#thescore: 5\n", 5), ("a 5 of 5 #thescore: 1", 1), ("<score>5</score>", 5),
-    ("#thescore: 4\n#thescore: 9", None), ("#thescore: 5 and more", None), ("#thescore: 5 #thescore: 1", 1),
-    *((f"#thescore: {x}", None) for x in ("", *"0 6 3/5 4-5 4.5 15 -1 five".split()))])
-def test_the_last_score_tag_counts_and_only_one_to_five(text, score):
-    assert ev.parse_score(text) == score
+@pytest.mark.parametrize("score, text", [line.split(" | ") for line in SCORES])
+def test_the_last_score_tag_counts_and_only_one_to_five(score, text):
+    found = ev.parse_score(text.encode().decode("unicode_escape"))
+    assert found == (None if score == "none" else int(score))
 
 @pytest.mark.parametrize("ending, score", [("echo", 4), ("echo after", 4), ("five", 5)])
 @pytest.mark.parametrize("text", [
