@@ -72,13 +72,7 @@ def test_public_layouts_are_told_apart_by_their_columns(tmp_path, name, text, wa
     text = " ".join("{id}|{label}|{turns[0][content]}|{target}|{expected}".format(**p) for p in got)
     assert text.replace("None", "") == want
 
-# A scripted model and judge: set, label, expected reply, reply, whether it ends, the judge's score
-BAD, GOOD = ("a", "harmful", REFUSAL), ("a", "benign", HELP)
-SCRIPT = [(*BAD, REFUSAL, True, 1), (*BAD, REFUSAL, True, 2), (*BAD, REFUSAL, False, 2), (*BAD, "", True, 0),
-          (*BAD, HELP, True, 5), (*BAD, "sure first", False, 3), (*BAD, REFUSAL, True, "odd"),
-          ("a", None, None, HELP, True, 4), (*GOOD, HELP, True, 5), (*GOOD, REFUSAL, True, 1),
-          (*GOOD, "certainly step5 .", True, 2), ("a", "benign", None, HELP, True, 4), (*GOOD, "", True, 0),
-          (*GOOD, HELP + " then", False, 4), *[("b", "harmful", None, HELP, True, score) for score in (5, 4)]]
+SCRIPT = [json.loads(line) for line in (TOP / "tests" / "script.txt").read_text().splitlines()[1:]]
 
 def play(folder, script, monkeypatch, names=("refusal",), judge=dict(name="mock", parallel=2)):
     """Answer and judge by the script, in files as eval.py writes them; the table."""
