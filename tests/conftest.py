@@ -26,6 +26,8 @@ from benchmarks import plan, tiny_world
 RAW = dict(model_type="gemma2", vocab_size=381, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
            num_attention_heads=4, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=12,
            sliding_window=8, bos_token_id=2, eos_token_id=1, pad_token_id=0)
+NINE = RAW | dict(vocab_size=256000, hidden_size=3584, intermediate_size=14336, num_hidden_layers=42,
+                  num_attention_heads=16, num_key_value_heads=8, head_dim=256, query_pre_attn_scalar=256)
 
 @pytest.fixture(autouse=True, scope="session")         # of the session: fixtures of modules come before tests
 def one_thread():

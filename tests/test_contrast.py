@@ -43,7 +43,7 @@ def test_streamed_statistics_equal_a_computation_on_stored_activations_also_if_m
             close(x[where], want[key][where], atol=far, rtol=1e-3)
     close({key: bare[key] for key in residual}, residual, atol=1e-4, rtol=1e-3)        # of layer 1
 
-def test_reply_pairs_mark_replies_and_prompt_pairs_the_last_prompt_tokens_or_are_refused(world, split):
+def test_reply_pairs_mark_replies_and_prompt_pairs_the_last_prompt_tokens(world, split):
     words = lambda side: " ".join(world.tok.id_to_token(t).strip("▁") for t, m in zip(*side) if m)
     rows, _ = data.encode(world.tok, [split["train"][0], dict(split["train"][1], rejected=None)], "tiny")
     [pair] = sails.contrast_pairs(rows, "replies")
@@ -52,10 +52,6 @@ def test_reply_pairs_mark_replies_and_prompt_pairs_the_last_prompt_tokens_or_are
     things = [[r["turns"][0]["content"].split()[3] + " ? <model>" for r in rows if r["label"] == label]
               for label in ("harmful", "benign")]
     assert [tuple(map(words, p)) for p in sails.contrast_pairs(rows, "prompts", last=3)] == list(zip(*things))
-    alike = [dict(row, rejected_tokens=None, label="harmful") for row in rows]
-    for contrast in ("replies", "prompts"):
-        with pytest.raises(data.UserError, match=f"--contrast {contrast} needs"):
-            sails.contrast_pairs(alike, contrast)
 
 @pytest.fixture(scope="module")
 def stats(setup):

@@ -139,9 +139,6 @@ def test_a_run_explains_itself_and_the_command_says_the_same_with_or_without_its
     assert code == 0 and f"the chosen span {explained['sums'][0]['inside']:.3f}" in said
     assert said.count("chosen, raises '") == 5 * len(explained["sums"])
     assert "shares of the update" in (said := go(asked, sails.main)[1]) and "chosen" not in said
-    few = [*asked[:6], "--layers", "0", "--width", "40", "--features", run.out / "features.json"]
-    assert "chosen from other SAEs; give all of its layers" in go(few, sails.main)[2]
-    assert go(asked[:4], sails.main)[::2] == (2, "error: --explain needs --model, --sae and --layers\n")
 
 def test_texts_of_the_contrast_are_shown_only_if_asked_for(run, home, tmp_path):
     assert all(row["contexts"] == [] for row in data.read_json(run.out / "features.json"))  # no --text

@@ -13,7 +13,7 @@ import lora
 import model_gemma
 import train
 from benchmarks import count, plan
-from conftest import RAW, TOP, command, go, random_gemma
+from conftest import NINE, RAW, TOP, command, go, random_gemma
 
 def settings(more="", **changes):
     s = train.settings(f"--model M --method lora --r 4 --device cpu {more}".split())
@@ -70,9 +70,7 @@ def test_phases_hold_what_the_objective_and_the_method_keep(home):
     assert sails["features"]["SAEs"] == 2 * 2 * 16384 * 24 * 4 and "SAEs" not in sails["training"]
 
 def test_a_layer_of_the_9bs_shape_saves_at_most_300_mb_at_4_x_512_tokens():
-    nine = RAW | dict(hidden_size=3584, num_hidden_layers=42, intermediate_size=14336, num_attention_heads=16,
-                      num_key_value_heads=8, head_dim=256, vocab_size=256000)
-    shape = plan.shape(settings("--r 16", dtype="bfloat16"), "lora", model_gemma.config_from_json(nine))
+    shape = plan.shape(settings("--r 16", dtype="bfloat16"), "lora", model_gemma.config_from_json(NINE))
     assert count.walked(count.step, shape, 4, 512, 1024)[0] / 42 < 300e6
 
 def test_auto_takes_the_largest_that_fits_and_checkpointing_only_if_it_must(home, monkeypatch):

@@ -15,7 +15,7 @@ import model_gemma
 import sae as sae_module
 import sails
 import train
-from conftest import FIT, command, go, log, parity, random_gemma, random_sae, trained
+from conftest import FIT, NINE, command, go, log, parity, random_gemma, random_sae, trained
 
 def same_files(a, b, *names):
     return [(a / name).read_bytes() == (b / name).read_bytes() for name in names] == [True] * len(names)
@@ -128,22 +128,13 @@ def test_resuming_a_finished_run_changes_nothing(run, home):
 # ---- before a run ----
 @pytest.mark.slow
 def test_a_dry_run_counts_the_9b_under_any_name_and_makes_no_folder(tmp_path):
-    data.write_json(tmp_path / "config.json", dict(
-        model_type="gemma2", vocab_size=256000, num_hidden_layers=42, hidden_size=3584, head_dim=256,
-        intermediate_size=14336, num_attention_heads=16, num_key_value_heads=8, query_pre_attn_scalar=256,
-        sliding_window=4096))
+    data.write_json(tmp_path / "config.json", NINE)
     args = f"--model {tmp_path} --dry-run --device cpu --out {tmp_path}/run".split()
     _, said, _ = go(args)
     assert "base 9,241,705,984 parameters" in said and "trainable 17,891,328 = 0.19%" in said
     assert "google/gemma-scope-9b-pt-res, width 16k, layers 10,15,20,25,30" in said
     _, said, _ = go([*args, "--method", "full", "--objective", "dpo"])
     assert "= 100.00%" in said and "and again as the reference" in said and not (tmp_path / "run").exists()
-
-@pytest.mark.parametrize("method", (*sails.METHODS, "lora"))
-def test_an_sae_is_asked_for_only_where_one_is_read(home, tmp_path, method):
-    args = command(home, tmp_path / "run", f"--method {method}")
-    code, _, err = go([x for x in args if x not in ("--sae", home.sae)])
-    assert (code == 2) == ("give --sae DIR or --sae fit" in err) == (method in ("sails", "random-features"))
 
 def test_after_a_refusal_the_mended_command_runs_without_resume(home, tmp_path):
     _, said, _ = go(command(home, tmp_path, "--max-tokens 9"))
