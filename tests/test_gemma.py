@@ -39,11 +39,12 @@ def near(a, b, atol=1e-4, rtol=0.):
     torch.testing.assert_close(a, b, atol=atol, rtol=rtol)
 
 @both
+@torch.no_grad()                                       # where five rows or more are multiplied turned round
 @pytest.mark.parametrize("cuts", [[1] * 10, [4, 1, 5], [7, 1, 1, 1]], ids=str)
 def test_cached_logits_equal_uncached_ones_whatever_the_pieces(kind, cuts):
-    model, (ids, keep) = tiny(kind), data.pad(PROMPTS, "left")
+    model, (ids, keep) = tiny(kind), data.pad(2 * PROMPTS, "left")
     ids, keep = torch.cat([ids, ids[:, -3:]], 1), torch.cat([keep, keep[:, -3:]], 1)
-    whole, cache = model(ids, keep), KVCache()                                         # (3, 10, V)
+    whole, cache = model(ids, keep), KVCache()                                         # (6, 10, V)
     for i, k, want in zip(ids.split(cuts, 1), keep.split(cuts, 1), whole.split(cuts, 1)):
         near(model.logits(model.hidden(i, k, cache)[0])[k], want[k])
 
@@ -183,11 +184,6 @@ def test_the_gates_gradients_by_hand_equal_autograds():
     both = F.gelu(gate, approximate="tanh") * up, model_gemma._Gated.apply(gate, up)
     for one, other in zip(*(torch.autograd.grad(out.square().sum(), (gate, up)) for out in both)):
         near(one, other, 1e-5)
-
-def test_few_rows_multiplied_from_the_other_side_give_the_same_product():
-    x, W = torch.randn(8, 1, 32), torch.randn(24, 32)
-    with torch.no_grad():
-        near(model_gemma.product(x, W), F.linear(x, W), 1e-4)
 
 def test_reply_nll_scores_the_masked_tokens_and_only_those():
     model, rows = tiny(), [([2, 5, 6, 7, 8], [0, 0, 0, 1, 1]), ([2, 9, 10], [0, 1, 0])]

@@ -96,13 +96,6 @@ def test_the_reward_is_refusing_what_is_harmful_and_not_refusing_the_rest(world)
         ids, reward = world.tok.encode(text).ids, train.judge_reward(world.tok, {1})
         assert [reward(dict(label=label), ids) for label in ("harmful", "benign")] == [refused, 1 - refused]
 
-def test_the_reference_of_full_fine_tuning_is_a_frozen_copy():
-    full = random_gemma().requires_grad_(True)
-    reference, before = train.base_reference(full), full.norm.weight.detach().clone()
-    full.norm.weight.data += 1
-    with reference() as ref:
-        assert torch.equal(ref.norm.weight, before) and not lora.trainable(ref) and lora.trainable(full)
-
 def test_align_is_these_lines_of_plain_torch():
     """Warm-up and decay, order by seed over epochs, sums over micro-batches, clip, Adam without decay."""
     x, y = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)), torch.arange(7.)
