@@ -1,4 +1,5 @@
 """torchrun's ranks: what 2 or 3 of them make is what one process makes; when one dies, all end."""
+import functools
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ import data
 import model_gemma
 import train
 from benchmarks import plan
-from conftest import FIT, by_two, command, free_port, go, log, parity, start
+from conftest import FIT, by_two, command, free_port, log, parity, start, trained
 
 def rank_main(rank, n, port, out, fault, args):
     """One rank, with a fault: {"dies" | "stops" | "other base": at which rank or step}."""
@@ -77,18 +78,13 @@ def fork(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(home, tmp_path_factory):
     """alone(more) -> the folder that one process makes of these options, once."""
-    made = {}
     Path(home.model, "neutral.txt").write_text("\n\n".join(f"hey how use thing{i} ?" for i in range(30)))
 
+    @functools.cache
     def run(more):
-        if more not in made:
-            made[more] = tmp_path_factory.mktemp("alone") / "run"
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(train, "judge_reward", parity)
-                patch.setattr(data, "stop_ids", often)
-                code, _, err = go(command(home, made[more], more.replace("--shard", "")))
-            assert code == 0, err
-        return made[more]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(data, "stop_ids", often)
+            return trained(home, tmp_path_factory.mktemp("alone") / "run", more.replace("--shard", "")).out
     return run
 
 def assert_alike(one, many):
