@@ -5,7 +5,6 @@ import torch
 from conftest import go, random_sae
 
 import data
-import sae as sae_module
 from benchmarks import real_study
 
 @pytest.mark.parametrize("seeds, between", ((1, 0.), (3, .02)))
