@@ -26,9 +26,6 @@ TESTS = {
     "benchmarks/study.py": "studies", "benchmarks/tiny_study.py": "studies", "benchmarks/pages.py": "report",
     "benchmarks/gcg.py": "attack",
     "benchmarks/explain.py": "explain", "benchmarks/asking.py": "judges"}
-SLOW = ("batch[rank::machines]", "fcntl.LOCK_EX | fcntl.LOCK_NB", "while os.getppid() == pid:",
-        "came.append(number)", "items[i % last], i < last", "if told < 2:", "need(same, f", "[:n // 2]]",
-        "h[harmful].mean((0, 1)) - h[~harmful].mean((0, 1))")  # by slow tests
 
 MISTAKES = ast.literal_eval(Path(__file__).with_name("mistakes.txt").read_text(encoding="utf-8"))
 EQUIVALENT = {}  # old text: why no test can see it
@@ -39,12 +36,12 @@ def attempt(name, mistake, folders):
     text, folder = (TOP / name).read_text(encoding="utf-8"), folders.get()
     (folder / name).write_text(text.replace(old, new), encoding="utf-8")
     tests = [f"tests/test_{t}.py" for t in TESTS[name].split()]
-    chosen = ["-m", "slow"] if old in SLOW else ["-m", "not slow"]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *chosen, *tests]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests, "-m"]
+    caught = any(subprocess.run([*command, some], cwd=folder, capture_output=True).returncode in (1, 2)
+                 for some in ("not slow", "slow"))
     (folder / name).write_text(text, encoding="utf-8")
     folders.put(folder)
-    return done.returncode in (1, 2)
+    return caught
 
 def main():
     ap = argparse.ArgumentParser(description="Make mistakes one at a time; print those that no test notices.")

@@ -93,6 +93,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(
         a[k].shape == b[k].shape and torch.allclose(a[k], b[k], atol=1e-4) for k in a)
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", OPTIONS)
 def test_an_option_changes_what_it_is_for_and_nothing_else(made, line):
     differs, _, options = line.partition("|")
