@@ -67,14 +67,15 @@ def test_the_tiny_study_reports_what_its_folders_hold_skips_and_repeats_them(wor
     home, split, model = tmp_path / "world-0", tiny_world.world_split, random_gemma(**tiny_world.TINY_MODEL)
     model_gemma.save_gemma(model, home)  # in place of a trained one
     world.tok.save(str(home / "tokenizer.json"))
-    sae_module.save_sae(random_sae(D=64, N=256), home / "sae", tiny_study.LAYER, 20)
+    for layer in (tiny_study.WRONG_LAYER, tiny_study.LAYER):
+        sae_module.save_sae(random_sae(D=64, N=256), home / "sae", layer, 20)
     data.write_json(home / "world.json", dict(seed=0, parameters=1, sae={i: dict(fve=1, l0=9) for i in "02"}))
     monkeypatch.setattr(tiny_world, "world_split", lambda *args: {  # few prompts
         part: x if part in ("train", "topics") else x[::8] for part, x in split(*args).items()})
     monkeypatch.setattr(tiny_study, "RATES", (.001,))
     monkeypatch.setattr(tiny_study, "FULL_RATES", (.001,))
     words = f"--out {tmp_path} --bases 0 --seeds 0,1 --steps 2 --jobs 1"
-    go(words.split(), tiny_study.main)
+    assert go(words.split(), tiny_study.main)[0] == 0
     folders = [tmp_path / "base-0" / "sails" / f"sails-lr0.001-seed{seed}" for seed in (0, 1)]
     nll = [data.read_json(f / "results.json")["validation"]["NLL"] for f in folders]
     table = [line.split(",") for line in (tmp_path / "tiny_study.csv").read_text().splitlines()]
@@ -96,4 +97,4 @@ def test_the_tiny_study_reports_what_its_folders_hold_skips_and_repeats_them(wor
     data.write_json(folders[0] / "results.json", data.read_json(folders[0] / "results.json") | dict(drift=0))
     assert go([*words.split(), "--again", "34"], tiny_study.main)[0] == 1
     monkeypatch.setattr("train.align", lambda *args: pytest.fail("a finished run was done again"))
-    go(words.split(), tiny_study.main)
+    assert go(words.split(), tiny_study.main)[0] == 0
