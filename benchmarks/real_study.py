@@ -156,29 +156,27 @@ def refusals(run):
 
 # ---- the report ----
 def comparisons(cells, base):
-    """{label: (gap, half-width)} of the plan's family, what is done of it; below 0 SAILS's is lower."""
+    """{label: (lead, half-width)} of the plan's family, what is done of it; above 0 SAILS is ahead."""
     at = lambda cell, m: losses(cell[:3], scores(cells[cell][m].runs), scores([base]), base.beta)
     out = {}
     for cell, methods in cells.items():
         ours, others = ("sails-best", ["lora"]) if "best" in cell else ("sails", METHODS[1:])
         for m in others if ours in methods else []:
             (x, weight), (y, _) = at(cell, ours), at(cell, m)
-            out[f"{cell}: {ours} less {m}"] = interval(x - y, weight)
-    for kind, few, many in ("sft", "sft-60", "sft-480"), ("dpo", "dpo-60", "dpo-240"):
+            out[f"{cell}: {ours} ahead of {m}"] = interval(y - x, weight)
+    for few, many in ("sft-60", "sft-480"), ("dpo-60", "dpo-240"):
         if few in cells and many in cells:
-            leads = [at(cell, "sails")[0] - at(cell, "lora")[0] for cell in (few, many)]
-            out[f"sails less lora, {few} less {many}"] = interval(leads[0] - leads[1], at(few, "lora")[1])
+            leads = [at(cell, "lora")[0] - at(cell, "sails")[0] for cell in (few, many)]
+            label = f"lead over lora larger at {few} than at {many}"
+            out[label] = interval(leads[0] - leads[1], at(few, "lora")[1])
     return out
 
 def verdicts_table(found):
     """Markdown lines of comparisons(); p as if the mean were normal with the interval's width."""
-    p = {label: math.erfc(1.96 * abs(gap) / half / 2 ** .5) for label, (gap, half) in found.items()}
     family = (len(METHODS) - 1) * (len(CELLS) - 1) + 1 + 2
-    adjusted = study.holm(p | {n: 1. for n in range(family - len(p))})  # what is missing counts as no gap
-    rows = {label: {"gap": f"{gap:+.4f} ± {half:.4f}", "p": f"{p[label]:.2g}",
-                    "Holm": f"{adjusted[label]:.2g}",
-                    "verdict": study.verdict(-gap, half, adjusted[label], MATTERS)}
-            for label, (gap, half) in found.items()}
+    leads = {key: (lead, half, math.erfc(1.96 * abs(lead) / half / 2 ** .5))
+             for key, (lead, half) in found.items()}
+    rows = study.verdicts(leads, dict.fromkeys(leads, MATTERS), "+.4f", family - len(leads))
     return [*evaluation.markdown(f"of {family} tests", rows), ""]
 
 def cell_table(name, cell, base):
@@ -194,8 +192,8 @@ def cell_table(name, cell, base):
         if number(name) == TALK:
             said = np.array([refusals(r) for r in it.runs])  # (seeds, 2)
             rows[m] |= {key: f"{x:.0f}" for key, x in zip(("refused, harmful, %", "benign, %"), said.mean(0))}
-            strict = data.t_interval(said[:, 0] - said[:, 1])
-            rows[m]["harmful less benign"] = "{:+.0f} ± {:.0f}".format(*strict)
+            strict, half = data.t_interval(said[:, 0] - said[:, 1])
+            rows[m]["harmful less benign"] = f"{strict:+.0f}" + (f" ± {half:.0f}" if len(said) > 1 else "")
     return [f"## {name}", "", *evaluation.markdown("validation", rows), ""]
 
 def csv_rows(cells, base):

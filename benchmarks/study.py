@@ -124,22 +124,18 @@ def holm(ps):
         out[key] = least
     return out
 
-def verdict(gap, half, p, matters):
-    """What a gap says of "it is positive": its mean, interval's half-width, adjusted p.
-    refuted: what would matter lies above the interval. confirmed: p below .05, the gap positive."""
-    if gap + half < matters:
+def verdict(lead, half, p, matters):
+    """What a lead says of "it is positive": its mean, interval's half-width, adjusted p.
+    refuted: what would matter lies above the interval. confirmed: p below .05, the lead positive."""
+    if lead + half < matters:
         return "refuted"
-    return "confirmed" if p < .05 and gap > 0 else "undecided"
+    return "confirmed" if p < .05 and lead > 0 else "undecided"
 
-def verdicts(gaps, matters):
-    """{comparison: row of a table} from {comparison: gaps (n,)}, one family of tests.
-    matters: {comparison: the smallest gap that matters}."""
-    p = {key: flip_p(x) for key, x in gaps.items()}
-    adjusted, rows = holm(p), {}
-    for key, x in gaps.items():
-        mean, half = data.t_interval(x)
-        rows[key] = {"gap": f"{mean:+.2f} ± {half:.2f}", "matters from": f"{matters[key]:g}",
-                     "p": f"{p[key]:.4f}", "p, Holm": f"{adjusted[key]:.4f}",
-                     "ahead in": f"{(x > 0).sum()} of {len(x)}",
-                     "verdict": verdict(mean, half, adjusted[key], matters[key])}
-    return rows
+def verdicts(leads, matters, form, missing=0):
+    """{comparison: row of a table} from {comparison: (lead, half-width, p)}, one family of tests.
+    matters: {comparison: the smallest lead that matters}. missing: tests that were not run count as p = 1."""
+    adjusted = holm({key: p for key, (_, _, p) in leads.items()} | {n: 1. for n in range(missing)})
+    return {key: {"lead": f"{lead:{form}} ± {half:{form[1:]}}", "matters from": f"{matters[key]:g}",
+                  "p": f"{p:.4f}", "p, Holm": f"{adjusted[key]:.4f}",
+                  "verdict": verdict(lead, half, adjusted[key], matters[key])}
+            for key, (lead, half, p) in leads.items()}

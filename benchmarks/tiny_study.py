@@ -1,6 +1,6 @@
 """tiny_study.py - confirm or refute: six hypotheses on 16 new worlds, by the rules of results/plan.md.
 
-    python benchmarks/tiny_study.py --out runs/study --results results     everything: an hour on two cores
+    python benchmarks/tiny_study.py --out runs/study --results results     everything: 82 min, two busy cores
     ... --bases 100,101 --seeds 0                                          a part
     ... --again 20                 are 20 finished runs, drawn at random, reproducible?
 
@@ -83,30 +83,32 @@ def watched(args, done):
 
 # ---- the worlds ----
 def make_base(home, base, seeds):
-    """Write a world, its SAEs, its data folders and what is known of it."""
+    """Write a world, its SAEs, its data folders and what is known of it; what is there is kept."""
     torch.set_num_threads(1)
-    if (home / "harm.json").exists():
-        return
     with contextlib.redirect_stdout(io.StringIO()):
         tiny_world.make_world(home, base, seeds, (WRONG_LAYER, LAYER))
     for seed in seeds:
-        split = home / f"data-{seed}"
-        train_rows, asked = ([row for _, row in data.read_rows(split / f"{name}.jsonl")]
-                             for name in ("train", "prompts"))
-        for n in SIZES:
-            few = [r for label in ("harmful", "benign")
-                   for r in [r for r in train_rows if r["label"] == label][:n // 2]]
-            changed(split, home / f"pairs-{n}-{seed}", "train", few)
-        rng = np.random.default_rng([base, seed])
-        one_each = {r["id"].split("-")[2]: r for r in rng.permutation(asked) if r["set"] == "unseen"}
-        changed(split, home / f"unseen-{seed}", "validate", one_each.values())  # a request an object
-        labels = rng.permutation([r["label"] for r in train_rows])
-        data.write_rows(home / f"shuffled-{seed}.jsonl",
-                        [r | dict(label=str(label)) for r, label in zip(train_rows, labels)])
-    harm = harm_direction(home)[None]  # (1, D)
-    oracle = [harm.T.clone(), harm, torch.zeros(1), torch.zeros(harm.shape[1]), torch.zeros(1)]
-    sae_module.save_sae(sae_module.JumpReLUSAE(*oracle), home / "oracle", LAYER, 1)
-    data.write_json(home / "harm.json", harm[0].tolist())  # last: the base is whole
+        if not (home / f"shuffled-{seed}.jsonl").exists():
+            write_variants(home, base, seed)
+    if not (home / "harm.json").exists():
+        harm = harm_direction(home)[None]  # (1, D)
+        oracle = [harm.T.clone(), harm, torch.zeros(1), torch.zeros(harm.shape[1]), torch.zeros(1)]
+        sae_module.save_sae(sae_module.JumpReLUSAE(*oracle), home / "oracle", LAYER, 1)
+        data.write_json(home / "harm.json", harm[0].tolist())
+
+def write_variants(home, base, seed):
+    """A seed's data with fewer pairs, with unseen requests to watch; its labels shuffled, last."""
+    split, rng = home / f"data-{seed}", np.random.default_rng([base, seed])
+    pairs, asked = ([row for _, row in data.read_rows(split / f"{name}.jsonl")]
+                    for name in ("train", "prompts"))
+    of = {label: [r for r in pairs if r["label"] == label] for label in ("harmful", "benign")}
+    for n in SIZES:
+        few = [r for some in of.values() for r in some[:n // 2]]
+        changed(split, home / f"pairs-{n}-{seed}", "train", few)
+    one_each = {r["id"].split("-")[2]: r for r in rng.permutation(asked) if r["set"] == "unseen"}
+    changed(split, home / f"unseen-{seed}", "validate", one_each.values())  # a request an object
+    labels = rng.permutation([r["label"] for r in pairs])
+    data.write_rows(home / f"shuffled-{seed}.jsonl", [r | dict(label=str(x)) for r, x in zip(pairs, labels)])
 
 def changed(old, new, part, rows):
     """A data folder as another, but for one part."""
@@ -177,7 +179,8 @@ def equal_safety(found):
 
 def cautious(found):
     """The best validation balance as tuned, but of equal ones the lowest rate."""
-    means = sorted(study.base_rows(found, ()), key=lambda row: (row["validation balance"], -row["rate"]))
+    score = lambda row: round(np.nan_to_num(row["validation balance"]), 9)  # as eval.best_rates
+    means = sorted(study.base_rows(found, ()), key=lambda row: (score(row), -row["rate"]))
     return {row["base"]: row["rate"] for row in means}
 
 def low(found):
@@ -216,13 +219,13 @@ def arm_table(arms, rule, columns, ours=None):
         table[arm]["rates of bases"] = rate_counts(found, rule(found))
     return [*evaluation.markdown("arm", table), ""]
 
-def rate_table(arms, column="balance"):
+def rate_table(arms):
     """Markdown lines: an arm's mean balance over bases at each of its rates, the lowest first."""
     grid = lambda found: sorted({lr for _, _, lr in found})
-    mean = lambda found, lr: over_bases(at(found, dict.fromkeys((b for b, _, _ in found), lr)), column).mean()
+    mean = lambda found, lr: np.mean([r["balance"] for (_, _, rate), r in found.items() if rate == lr])
     table = {arm: {str(i): f"{mean(found, lr):.3f}" for i, lr in enumerate(grid(found), 1)}
              for arm, found in arms.items()}
-    return [*evaluation.markdown(f"{column} at rate", table), ""]
+    return [*evaluation.markdown("balance at rate", table), ""]
 
 def figure(main):
     """SVG: SAILS's lead over LoRA against the share of the harm direction in its start, a dot a base."""
@@ -238,12 +241,13 @@ def figure(main):
 def report(args, done, steps):
     """{file: text} of the report, its CSVs and figure."""
     found = gaps(done, steps)
-    matters = {key: MATTERS.get(key[:2], 1.) for key in found}
+    leads = {key: (*data.t_interval(x), study.flip_p(x)) for key, x in found.items()}
+    verdicts = study.verdicts(leads, {key: MATTERS.get(key[:2], 1.) for key in found}, "+.2f")
     lines = ["# The tiny world: six hypotheses", "", study.command("tiny_study.py"), "",
              f"Bases {args.bases}, seeds {args.seeds}; {sum(map(len, done.values()))} runs and "
              f"{sum(map(len, steps.values()))} watched ones. The plan, with the rules, is plan.md.",
-             "±: 95 % t-interval over bases' means. p: exact sign-flip test. Gaps: points; of H2 steps.", "",
-             "## Verdicts", "", *evaluation.markdown("comparison", study.verdicts(found, matters)), ""]
+             "±: 95 % t-interval over bases' means. p: exact sign-flip test. Leads: points; of H2 steps.", "",
+             "## Verdicts", "", *evaluation.markdown("comparison", verdicts), ""]
     for title, table in TABLES.items():
         arms = {arm: done[arm] for arm in table}
         ours = done["sails"] if "Few" not in title else None

@@ -25,11 +25,11 @@ def test_losses_are_the_nll_of_chosen_and_dpos():
 def test_verdicts_hold_for_the_planned_family_of_which_missing_tests_count():
     half = lambda gap, p: abs(gap) * 1.96 / float(torch.special.ndtri(torch.tensor(1 - p / 2)))
     found = {word: (gap, half(gap, p)) for word, gap, p in (
-        ("confirmed", -.03, .001), ("undecided", -.03, .01), ("refuted", -.004, .0004))}
+        ("confirmed", .03, .001), ("undecided", .03, .01), ("refuted", .004, .0004))}
     rows = [[x.strip() for x in line.split("|")] for line in real_study.verdicts_table(found)[2:5]]
     assert [row[-2] for row in rows] == list(found)
     family = 4 * (len(real_study.CELLS) - 1) + 3
-    assert [float(row[4]) for row in rows] == pytest.approx(
+    assert [float(row[5]) for row in rows] == pytest.approx(
         [.001 * (family - 1), .01 * (family - 2), .0004 * family], rel=.02)
 
 def test_derived_saes_choose_the_same_features_and_have_other_rows():
@@ -62,7 +62,7 @@ def test_the_real_study_reports_what_its_folders_hold_and_repeats_runs(home, tmp
         measured = data.read_json(run / "results.json")["NLL of chosen, nats per token"][0]
         assert float(nll) == pytest.approx(measured, abs=1e-6)
     report = (tmp_path / "real_study.md").read_text()
-    assert "Not done: dpo-6." in report and report.count("dpo-12: sails less") == 2
+    assert "Not done: dpo-6." in report and report.count("dpo-12: sails ahead of") == 2
     assert "sails, mean" in report and len(list((tmp_path / "base").rglob("layer_1"))) == 1  # shared
     assert go([*words, "--again", "2"], real_study.main)[0] == 0
     monkeypatch.setattr("train.align", lambda *args: pytest.fail("a finished run was done again"))
