@@ -555,15 +555,15 @@ def combinations(s, folder):
             out.append(SimpleNamespace(**vars(s) | own | dict(data=s.data.replace("{seed}", str(seed)))))
     return out
 
-def each(jobs, runs):
+def each(jobs, do, runs):
     """Do the runs, `jobs` at a time in processes of one thread; yields after each."""
     if jobs == 1:
-        yield from map(quiet_run, runs)
+        yield from map(do, runs)
     else:
         _kept.clear()  # each reads the data
         with ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker) as pool:
             try:
-                yield from pool.map(quiet_run, runs)
+                yield from pool.map(do, runs)
             except BrokenProcessPool:
                 raise UserError("a run's process was killed; out of memory? Try a lower --jobs") from None
             except KeyboardInterrupt:
@@ -642,7 +642,7 @@ def main():
         data.write_json(folder / "runs.json", dict(runs=[r.out for r in runs]))
         bar = data.progress(total=len(runs), desc="runs", disable=None if lead() else True)
         for first in (True, False):  # the bases measure and fit what other runs share
-            for _ in each(s.jobs, [r for r in runs if (r.method == "base") == first]):
+            for _ in each(s.jobs, quiet_run, [r for r in runs if (r.method == "base") == first]):
                 bar.update()
         report(folder, runs)
 

@@ -22,7 +22,7 @@ TESTS = {
     "sae.py": "sae walk bad_inputs",
     "model_gemma.py": "gemma parity bad_inputs distributed", "lora.py": "lora walk train bad_inputs",
     "sails.py": "subspace contrast theory walk", "eval.py": "eval judges table",
-    "train.py": "objectives table train distributed", "benchmarks/tiny_world.py": "tiny_world",
+    "train.py": "objectives table train distributed", "benchmarks/tiny_world.py": "tiny_world studies",
     "benchmarks/study.py": "studies", "benchmarks/tiny_study.py": "studies", "benchmarks/pages.py": "report",
     "benchmarks/gcg.py": "attack",
     "benchmarks/explain.py": "explain", "benchmarks/asking.py": "judges"}

@@ -69,36 +69,36 @@ def write_data(args):
     data.write_rows(args.out / "lookalikes.jsonl", [row for _, row in asked])
 
 def runs_of(args, cell, methods=METHODS, options=("--sae", "fit"), folder=""):
-    """{method: {rate: settings of each seed's run}} of a cell, "base" among them; SAEs are shared."""
-    kind, out = "dpo" if cell.startswith("dpo") else "sft", {}
-    listed = lambda values: ",".join(f"{x:g}" for x in values)
+    """{method: settings of its runs (seeds, rates)} of a cell, "base" among them; SAEs are shared."""
+    kind, listed = cell[:3] if cell[:3] in BATCH else "sft", lambda values: ",".join(f"{x:g}" for x in values)
     argv = ["--model", args.model, "--data", args.out / f"data-{kind}-{number(cell)}", *SETTINGS.split(),
             "--batch", BATCH[kind], *args.more, *options, "--objective", kind, "--lr", listed(RATES),
             "--seed", listed(SEEDS), "--method", ",".join(methods)]
     argv += ["--test", args.out / "lookalikes.jsonl"] if number(cell) == TALK else []
-    for r in study.combine(argv, args.out / cell / folder):
+    every = study.combine(argv, args.out / cell / folder)
+    for r in every:
         r.shared = str(args.out / "base")
-        out.setdefault(r.method, {}).setdefault(r.lr, []).append(r)
-    return out
+    grid = lambda m: np.array([r for r in every if r.method == m]).reshape(len(SEEDS), -1)
+    return {m: grid(m) for m in ("base", *methods)}
 
 def do_cell(args, base, methods):
-    """{method: its grid {rate: run}, best rate, that rate's runs}, all done, of {method: {rate: runs}}."""
-    grids = {m: {lr: runs[0] for lr, runs in rates.items()} for m, rates in methods.items() if m != "base"}
-    study.do(args.jobs, study.ordered([r for grid in grids.values() for r in grid.values()]))
-    best = {m: min(grid, key=lambda lr: validation(grid[lr], base)) for m, grid in grids.items()}
-    study.do(args.jobs, study.ordered([r for m, lr in best.items() for r in methods[m][lr]]))
-    return {m: SimpleNamespace(grid=grids[m], rate=lr, runs=methods[m][lr]) for m, lr in best.items()}
+    """{method: its grid of runs (rates,), the index of the best, runs (seeds,) at that rate}, all done."""
+    methods = {m: runs for m, runs in methods.items() if m != "base"}
+    study.do(args.jobs, study.ordered(r for runs in methods.values() for r in runs[0]))
+    best = {m: int(np.argmin([validation(r, base) for r in runs[0]])) for m, runs in methods.items()}
+    study.do(args.jobs, study.ordered(r for m, runs in methods.items() for r in runs[:, best[m]]))
+    return {m: SimpleNamespace(grid=x[0], best=best[m], runs=x[:, best[m]]) for m, x in methods.items()}
 
 def do_best(args, base, cell):
     """do_cell() of each candidate alone and of `sails-best`, beside the cell without them."""
-    def ours(names):
+    def ours(*names):
         options = candidates(args, base, names)
         return runs_of(args, f"best-{TALK}", ["sails"], options, "-".join(names))["sails"]
-    rate = cell["sails"].rate
-    alone = do_cell(args, base, {f"sails, {c}": {rate: ours([c])[rate][:1]} for c in CANDIDATES})
-    least = validation(cell["sails"].grid[rate], base)
-    helps = [c for c, it in zip(CANDIDATES, alone.values()) if validation(it.grid[rate], base) < least]
-    combined = do_cell(args, base, {"sails-best": ours(helps)}) if helps else {}
+    i = cell["sails"].best
+    alone = do_cell(args, base, {f"sails, {c}": ours(c)[:1, i:i + 1] for c in CANDIDATES})
+    least = validation(cell["sails"].grid[i], base)
+    helps = [c for c, it in zip(CANDIDATES, alone.values()) if validation(it.grid[0], base) < least]
+    combined = do_cell(args, base, {"sails-best": ours(*helps)}) if helps else {}
     return {m: cell[m] for m in ("sails", "lora")} | alone | combined
 
 def candidates(args, base, names):
@@ -182,11 +182,11 @@ def verdicts_table(found):
 def cell_table(name, cell, base):
     """Markdown lines: a method's validation at every rate, its test numbers at the best one."""
     nats, then, rows = "{:.4f} ± {:.4f}".format, scores([base]), {}
-    for m, it in ({"base": SimpleNamespace(grid={}, rate=0, runs=[base])} | cell).items():
-        now, edge = scores(it.runs), len(it.grid) > 1 and it.rate in (min(it.grid), max(it.grid))
+    for m, it in ({"base": SimpleNamespace(grid=[], best=0, runs=[base])} | cell).items():
+        now, edge = scores(it.runs), len(it.grid) > 1 and it.best in (0, len(it.grid) - 1)
         x, weight = losses(name[:3], now, then, base.beta)
-        rows[m] = {f"at {lr:g}": f"{validation(r, base):.4f}" for lr, r in it.grid.items()}
-        rows[m] |= {"best": f"{it.rate:g}{' (edge)' * edge}", "test": nats(*interval(x, weight)),
+        rows[m] = {f"at {r.lr:g}": f"{validation(r, base):.4f}" for r in it.grid}
+        rows[m] |= {"best": f"{it.runs[0].lr:g}{' (edge)' * edge}", "test": nats(*interval(x, weight)),
                     "sd over seeds": f"{(x.sum(1) / weight.sum()).std():.4f}",
                     "NLL": f"{-now[..., 0].sum() / now[..., 1].sum():.4f}"}
         if number(name) == TALK:
@@ -199,7 +199,7 @@ def cell_table(name, cell, base):
 def csv_rows(cells, base):
     """A dict a run, for the CSV."""
     listed = {r.out: (name, m, r, "final" if r in it.runs else "grid") for name, cell in cells.items()
-              for m, it in cell.items() for r in (*it.grid.values(), *it.runs)}
+              for m, it in cell.items() for r in (*it.grid, *it.runs)}
     for name, m, r, stage in listed.values():
         now, then = scores([r]), scores([base])
         mean = lambda kind: interval(*losses(kind, now, then, r.beta))[0]
@@ -229,7 +229,7 @@ def main():
     a("--data", default=train.HH, help="HH-RLHF, or a file of preference pairs")
     a("--text", help="a folder of .txt files")
     a("--out", type=Path, default=Path("runs/real"))
-    a("--results", type=Path, help="a second folder for the report")
+    a("--results", type=Path, help="where the report goes, if not to --out")
     a("--only", type=data.list_of(str, CELLS), default=CELLS, help="cells, done in the study's order")
     a("--jobs", type=int, default=2)
     a("--again", type=int, metavar="N", help="repeat N finished runs and compare")
@@ -238,7 +238,7 @@ def main():
     write_data(args)
     # runs keep freed memory: to page in the logits' again took a third of scoring's time
     os.environ |= dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2 ** 34))
-    [[base, *_]] = runs_of(args, f"sft-{TALK}")["base"].values()
+    base = runs_of(args, f"sft-{TALK}")["base"][0, 0]
     base.out, base.text = base.shared, args.text
     base.data = str(args.out / f"data-dpo-{max(map(number, CELLS))}")  # SAEs are fitted on most dialogues
     study.do(1, [base])
@@ -250,9 +250,9 @@ def main():
         else:
             cells[name] = do_cell(args, base, runs_of(args, name))
     if args.again:
-        runs = [r for cell in cells.values() for it in cell.values() for r in (*it.runs, *it.grid.values())]
+        runs = [r for cell in cells.values() for it in cell.values() for r in (*it.runs, *it.grid)]
         return study.again(study.ordered(runs), args.again)
-    study.write_files([args.out, args.results or args.out], report(args, base, cells))
+    study.write_files(args.results or args.out, report(args, base, cells))
 
 if __name__ == "__main__":
     data.run_main(main)

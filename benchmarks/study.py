@@ -36,13 +36,12 @@ def ordered(runs):
 
 def do(jobs, runs):
     """Do those runs that are not finished yet. A run changes its settings, so it gets a copy."""
-    runs = [SimpleNamespace(**vars(r)) for r in runs]
-    for _ in data.progress(train.each(jobs, runs), total=len(runs), desc="runs", disable=None):
-        pass
+    each(jobs, train.quiet_run, [SimpleNamespace(**vars(r)) for r in runs], "runs")
 
-def results(runs):
-    """{key: results.json} of {key: settings of a finished run}."""
-    return {key: data.read_json(Path(r.out) / "results.json") for key, r in runs.items()}
+def each(jobs, function, items, name):
+    """Call it for each of the items, `jobs` at a time in processes, with a bar of this name."""
+    for _ in data.progress(train.each(jobs, function, items), total=len(items), desc=name, disable=None):
+        pass
 
 def again(runs, count):
     """Repeat `count` finished runs, drawn at random, elsewhere; 0 if all numbers are the same, else 1."""
@@ -52,7 +51,7 @@ def again(runs, count):
         with tempfile.TemporaryDirectory() as folder:
             repeated = SimpleNamespace(**vars(run) | dict(out=f"{folder}/run", resume=False))
             train.quiet_run(repeated)
-            old, new = results({0: run, 1: repeated}).values()
+            old, new = (data.read_json(Path(r.out) / "results.json") for r in (run, repeated))
         changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
         print(f"{run.out}: " + (f"differs in {', '.join(changed)}" if changed else "reproduced exactly"))
         differ += bool(changed)
@@ -62,12 +61,11 @@ def command(script):
     """The command line that is running, for the head of a report."""
     return f"`{shlex.join(['python', f'benchmarks/{script}', *sys.argv[1:]])}`"
 
-def write_files(folders, files):
-    """Write files {name: text} into each of these folders and print where they are."""
-    for folder in dict.fromkeys(folders):
-        for name, text in files.items():
-            data.write_text(folder / name, text)
-        print(f"saved in {folder}: {', '.join(files)}")
+def write_files(folder, files):
+    """Write files {name: text} and print where they are."""
+    for name, text in files.items():
+        data.write_text(folder / name, text)
+    print(f"saved in {folder}: {', '.join(files)}")
 
 def csv_text(rows):
     """Dicts of the same keys as CSV, numbers to 9 decimals."""
@@ -77,37 +75,36 @@ def csv_text(rows):
     table.writerows({k: round(x, 9) if isinstance(x, float) else x for k, x in row.items()} for row in rows)
     return out.getvalue()
 
-# ---- numbers of runs, {(base, seed, rate): row} ----
-def tuned(found):
-    """{base: rate}: the best by validation, as train.py chooses it."""
-    rows = {}
-    for (base, _, _), r in found.items():
-        rows.setdefault(base, []).append(r)
-    return {base: lr for base, some in rows.items() for lr in evaluation.best_rates(some).values()}
+# ---- numbers of runs: an arm is {column: (bases, seeds, rates)}, a choice the index of a rate (bases,) ----
+def read(runs, row):
+    """The arm of runs (bases, seeds, rates), objects, whose numbers row(run) gives; None becomes nan."""
+    rows = [row(run) for run in runs.flat]
+    return {c: np.array([r[c] for r in rows], float).reshape(runs.shape) for c in rows[0]}
 
-def at(found, rates):
-    """{(base, seed): row} at these rates, {base: rate}."""
-    return {(base, seed): r for (base, seed, lr), r in found.items() if lr == rates[base]}
+def best(*scores):
+    """A base's rate of the largest mean over seeds in the first of scores; the next break ties."""
+    means = [np.nan_to_num(x).mean(1).round(9).tolist() for x in scores]
+    return np.array([rows.index(max(rows)) for rows in (list(zip(*of)) for of in zip(*means))])
 
-def rate_counts(found, rates):
+def tuned(arm):
+    """As train.py chooses: validation balance, then validation NLL."""
+    return best(arm["validation balance"], -arm["validation NLL"])
+
+def at(arm, column, choice):
+    """(bases,): means over seeds of a column at the chosen rates."""
+    return arm[column].mean(1)[range(len(choice)), choice]
+
+def rate_counts(arm, choice):
     """How many bases got which rate, as text; "edge" if most are at an end of the grid."""
-    grid, used = sorted({lr for _, _, lr in found}), Counter(rates.values())
-    edge = " (edge)" if len(grid) > 1 and 2 * (used[grid[0]] + used[grid[-1]]) > len(rates) else ""
-    return ", ".join(f"{lr:g} x{used[lr]}" for lr in grid if used[lr]) + edge
+    last = arm["rate"].shape[2] - 1
+    edge = " (edge)" if last and 2 * np.isin(choice, (0, last)).sum() > len(choice) else ""
+    return ", ".join(f"{lr:g} x{n}" for lr, n in sorted(Counter(at(arm, "rate", choice)).items())) + edge
 
-def base_rows(found, columns):
-    """A dict a base and rate: means over seeds of what chooses a rate and of the columns."""
-    for base, lr in dict.fromkeys((base, lr) for base, _, lr in found):
-        mine = [r for (b, _, rate), r in found.items() if (b, rate) == (base, lr)]
-        mean = lambda values: float(np.mean(np.array(values, float)))  # of None: nan
-        row = dict(rate=lr, base=base, seeds=len(mine))
-        row |= {f"validation {key}": mean([r["validation"][key] for r in mine]) for key in ("balance", "NLL")}
-        yield row | {c: mean([r.get(c) for r in mine]) for c in columns}
-
-def over_bases(picked, column):
-    """(bases,): means over seeds of a column of {(base, seed): row}."""
-    bases = dict.fromkeys(base for base, _ in picked)
-    return np.array([np.mean([r[column] for (b, _), r in picked.items() if b == base]) for base in bases])
+def base_rows(arm, bases):
+    """A dict a base and rate: the means over seeds of every column."""
+    for b, i in np.ndindex(len(bases), arm["rate"].shape[2]):
+        means = {c: float(x[b, :, i].mean()) for c, x in arm.items()}
+        yield dict(rate=means["rate"], base=bases[b], seeds=arm["rate"].shape[1]) | means
 
 # ---- tests: gaps (n,) of independent bases ----
 def flip_p(gaps):
@@ -124,18 +121,15 @@ def holm(ps):
         out[key] = least
     return out
 
-def verdict(lead, half, p, matters):
-    """What a lead says of "it is positive": its mean, interval's half-width, adjusted p.
-    refuted: what would matter lies above the interval. confirmed: p below .05, the lead positive."""
-    if lead + half < matters:
-        return "refuted"
-    return "confirmed" if p < .05 and lead > 0 else "undecided"
-
 def verdicts(leads, matters, form, missing=0):
     """{comparison: row of a table} from {comparison: (lead, half-width, p)}, one family of tests.
-    matters: {comparison: the smallest lead that matters}. missing: tests that were not run count as p = 1."""
-    adjusted = holm({key: p for key, (_, _, p) in leads.items()} | {n: 1. for n in range(missing)})
-    return {key: {"lead": f"{lead:{form}} ± {half:{form[1:]}}", "matters from": f"{matters[key]:g}",
-                  "p": f"{p:.4f}", "p, Holm": f"{adjusted[key]:.4f}",
-                  "verdict": verdict(lead, half, adjusted[key], matters[key])}
-            for key, (lead, half, p) in leads.items()}
+    matters: {comparison: the smallest lead that matters}. missing: tests that were not run count as p = 1.
+    refuted: what would matter lies above the interval. confirmed: adjusted p below .05, the lead positive."""
+    adjusted, rows = holm({key: p for key, (_, _, p) in leads.items()} | {n: 1. for n in range(missing)}), {}
+    for key, (lead, half, p) in leads.items():
+        verdict = "confirmed" if adjusted[key] < .05 and lead > 0 else "undecided"
+        if lead + half < matters[key]:
+            verdict = "refuted"
+        rows[key] = {"lead": f"{lead:{form}} ± {half:{form[1:]}}", "matters from": f"{matters[key]:g}",
+                     "p": f"{p:.4f}", "p, Holm": f"{adjusted[key]:.4f}", "verdict": verdict}
+    return rows

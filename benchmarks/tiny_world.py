@@ -128,6 +128,16 @@ TINY_MODEL = dict(model_type="gemma2", hidden_size=64, intermediate_size=128, nu
                   num_attention_heads=4, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16,
                   sliding_window=4096)
 
+@torch.no_grad()
+def harm_direction(folder, layer):
+    """(D,): where harmful requests lie from benign ones after a layer, over the last three tokens."""
+    world = tiny_world(data.read_json(folder / "world.json")["seed"])
+    asked = all_requests(world, np.arange(len(world.topic)))
+    prompts = [row["prompt_ids"] for row in data.encode(world.tok, asked, "tiny")[0]]  # of one length
+    h = model_gemma.load_gemma(folder).residuals(data.pad(prompts)[0], [layer])[layer][:, -3:]  # (n, 3, D)
+    harmful = np.array([ex["label"] == "harmful" for ex in asked])
+    return torch.nn.functional.normalize(h[harmful].mean((0, 1)) - h[~harmful].mean((0, 1)), dim=0)
+
 def pretrain_tiny(texts, shares, vocab_size, seed, steps=400, batch=64, lr=4e-3):
     """A tiny Gemma trained on texts, lists of ids, drawn by their shares."""
     rng = torch.Generator().manual_seed(seed)

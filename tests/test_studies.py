@@ -24,43 +24,49 @@ def test_the_sign_flip_test_is_wrong_5_times_in_100_where_nothing_is_ahead():
 def test_holm_multiplies_by_the_comparisons_left_and_never_falls():
     assert study.holm(dict(a=.03, b=.01, c=.04)) == pytest.approx(dict(b=.03, a=.06, c=.06))
 
-@pytest.mark.parametrize("gap, half, p, said", (
+@pytest.mark.parametrize("lead, half, p, said", (
     (2, 1, .01, "confirmed"), (2, 1, .06, "undecided"), (.5, .6, .2, "undecided"), (-2, 1, .01, "refuted"),
     (.4, .2, .01, "refuted"), (-.5, 2, .01, "undecided")))
-def test_a_verdict_needs_a_small_p_or_an_interval_below_what_matters(gap, half, p, said):
-    assert study.verdict(gap, half, p, 1.) == said
+def test_a_verdict_needs_a_small_p_or_an_interval_below_what_matters(lead, half, p, said):
+    assert study.verdicts({"it": (lead, half, p)}, {"it": 1.}, "+.1f")["it"]["verdict"] == said
 
-def rows(shift, method="sails"):  # validation prefers the second rate in base 0, the first in base 1
-    return {(b, s, lr): dict(method=method, lr=lr, balance=.5 + .1 * b + .01 * s + shift * (lr == .003),
-                             validation=dict(balance=(.5, None)[b], NLL=1. + (lr == .003) * (2 * b - 1)))
-            for b in (0, 1) for s in (0, 1) for lr in (.001, .003)}
+def arm(balance, rates, **more):
+    """An arm of (bases, seeds, rates) balances, on validation and on unseen topics."""
+    x = np.array(balance, float)
+    columns = {"rate": rates, "balance": x, "validation balance": x, "validation NLL": 1., **more}
+    return {c: np.broadcast_to(value, x.shape) for c, value in columns.items()}
+
+def two_bases(shift):  # validation prefers the second rate in base 0, the first in base 1
+    each = lambda b, s: [.5 + .1 * b + .01 * s, .5 + .1 * b + .01 * s + shift]
+    return arm([[each(b, s) for s in (0, 1)] for b in (0, 1)], [.001, .003], **{
+        "validation balance": np.array([.5, np.nan])[:, None, None],
+        "validation NLL": np.array([[1., 0], [1, 2]])[:, None]})
 
 def test_rates_are_chosen_within_a_base_by_validation_and_the_csv_holds_every_rate():
-    rates = study.tuned(rows(.2))
-    assert rates == {0: .003, 1: .001}
-    assert [r["lr"] for r in study.at(rows(.2), rates).values()] == [.003, .003, .001, .001]
-    assert study.rate_counts(rows(.2), rates) == "0.001 x1, 0.003 x1 (edge)"
-    found = study.csv_text(list(study.base_rows(rows(.2), ["balance"]))).splitlines()
-    assert len(found) == 5 and found[2] == "0.003,0,2,0.5,0.0,0.705"
+    found = two_bases(.2)
+    choice = study.tuned(found)
+    assert study.at(found, "rate", choice).tolist() == [.003, .001]
+    assert study.at(found, "balance", choice) == pytest.approx([.705, .605])
+    assert study.rate_counts(found, choice) == "0.001 x1, 0.003 x1 (edge)"
+    table = study.csv_text(list(study.base_rows(found, [7, 8]))).splitlines()
+    assert len(table) == 5 and table[2] == "0.003,7,2,0.705,0.5,0.0"
 
-def test_gaps_are_paired_by_base_in_points():
-    ours, theirs = (study.at(rows(x), {0: .003, 1: .003}) for x in (.2, .1))
-    assert tiny_study.gap(ours, theirs, "balance") == pytest.approx([10, 10])
+def test_leads_are_paired_by_base_in_points():
+    arms = dict(a=two_bases(.2), b=two_bases(.1))
+    assert tiny_study.lead(arms, "a", "b", rule=lambda x: [1, 1]) == pytest.approx([10, 10])
 
 def test_a_lead_that_grows_as_pairs_get_fewer_has_a_positive_slope():
-    arm = lambda balance: {(0, 0, .001): dict(method="sails", lr=.001, balance=balance, steps=1, knowledge=1,
-                                              validation=dict(balance=1., NLL=1.))}
-    done = dict.fromkeys(tiny_study.ARMS, arm(.9))
+    one = lambda balance: arm([[[balance]]], .001, knowledge=1., steps=1.)
+    arms = dict.fromkeys(tiny_study.ARMS, one(.9))
     for n, gain in zip(tiny_study.SIZES, (6, 4, 2)):
-        done[f"sails, {n} pairs"] = arm(.9 + gain / 100)
-    steps = {m: done[m] for m in ("sails", *tiny_study.OTHERS)}
-    assert tiny_study.gaps(done, steps)["H3 lead gained a halving"] == pytest.approx([2])
+        arms[f"sails, {n} pairs"] = one(.9 + gain / 100)
+    assert tiny_study.leads(arms, arms)["H3 lead gained a halving"] == pytest.approx([2])
 
 def test_equal_safety_is_the_lowest_rate_that_reaches_it_on_validation():
-    found = {(0, 0, lr): dict(method="sails", lr=lr, validation=dict(balance=x, NLL=-lr))
-             for lr, x in ((.001, .9), (.002, .96), (.004, 1.), (.008, 1.))}
-    assert tiny_study.equal_safety(found) == {0: .002}
-    assert study.tuned(found) == {0: .008} and tiny_study.cautious(found) == {0: .004}
+    rates = [.001, .002, .004, .008]
+    found = arm([[[.9, .96, 1, 1]]], rates, **{"validation NLL": -np.array(rates)})
+    rules = tiny_study.equal_safety, study.tuned, tiny_study.cautious, tiny_study.lowest
+    assert [rates[rule(found)[0]] for rule in rules] == [.002, .008, .004, .001]
 
 @pytest.mark.slow
 def test_the_tiny_study_reports_what_its_folders_hold_skips_and_repeats_them(world, tmp_path, monkeypatch):
@@ -90,8 +96,7 @@ def test_the_tiny_study_reports_what_its_folders_hold_skips_and_repeats_them(wor
     few = [row for _, row in data.read_rows(home / "pairs-8-1" / "train.jsonl")]
     assert [row["label"] for row in few] == ["harmful"] * 4 + ["benign"] * 4
     assert all(row in [r for _, r in data.read_rows(home / "pairs-16-1" / "train.jsonl")] for row in few)
-    watched = data.read_rows(home / "unseen-0" / "validate.jsonl")
-    objects = [row["id"].split("-")[2] for _, row in watched]
+    objects = [row["id"].split("-")[2] for _, row in data.read_rows(home / "unseen-0" / "validate.jsonl")]
     assert len(objects) == len(set(objects)) > 10
     assert go([*words.split(), "--again", "2"], tiny_study.main)[0] == 0
     data.write_json(folders[0] / "results.json", data.read_json(folders[0] / "results.json") | dict(drift=0))
