@@ -251,7 +251,7 @@ def main():
             cells[name] = do_cell(args, base, runs_of(args, name))
     if args.again:
         runs = [r for cell in cells.values() for it in cell.values() for r in (*it.runs, *it.grid)]
-        return study.again(study.ordered(runs), args.again)
+        return study.again(args.jobs, study.ordered(runs), args.again)
     study.write_files(args.results or args.out, report(args, base, cells))
 
 if __name__ == "__main__":

@@ -43,18 +43,20 @@ def each(jobs, function, items, name):
     for _ in data.progress(train.each(jobs, function, items), total=len(items), desc=name, disable=None):
         pass
 
-def again(runs, count):
+def again(jobs, runs, count):
     """Repeat `count` finished runs, drawn at random, elsewhere; 0 if all numbers are the same, else 1."""
-    finished = [r for r in runs if (Path(r.out) / "results.json").exists()]
-    differ = 0
-    for run in random.Random(0).sample(finished, min(count, len(finished))):
-        with tempfile.TemporaryDirectory() as folder:
-            repeated = SimpleNamespace(**vars(run) | dict(out=f"{folder}/run", resume=False))
-            train.quiet_run(repeated)
-            old, new = (data.read_json(Path(r.out) / "results.json") for r in (run, repeated))
-        changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-        print(f"{run.out}: " + (f"differs in {', '.join(changed)}" if changed else "reproduced exactly"))
-        differ += bool(changed)
+    finished, differ = [r for r in runs if (Path(r.out) / "results.json").exists()], 0
+    drawn = random.Random(0).sample(finished, min(count, len(finished)))
+    with tempfile.TemporaryDirectory() as folder:
+        copies = [SimpleNamespace(**vars(r) | dict(out=f"{folder}/{i}", resume=False))
+                  for i, r in enumerate(drawn)]
+        do(jobs, copies)
+        for pair in zip(drawn, copies):
+            old, new = (data.read_json(Path(r.out) / "results.json") for r in pair)
+            changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+            said = f"differs in {', '.join(changed)}" if changed else "reproduced exactly"
+            print(f"{pair[0].out}: {said}")
+            differ += bool(changed)
     return min(differ, 1)
 
 def command(script):
@@ -81,10 +83,10 @@ def read(runs, row):
     rows = [row(run) for run in runs.flat]
     return {c: np.array([r[c] for r in rows], float).reshape(runs.shape) for c in rows[0]}
 
-def best(*scores):
-    """A base's rate of the largest mean over seeds in the first of scores; the next break ties."""
-    means = [np.nan_to_num(x).mean(1).round(9).tolist() for x in scores]
-    return np.array([rows.index(max(rows)) for rows in (list(zip(*of)) for of in zip(*means))])
+def best(first, then):
+    """(bases,): the rate of the largest mean over seeds of `first`; of equal ones the largest of `then`."""
+    first, then = (np.nan_to_num(x).mean(1).round(9) for x in (first, then))  # (bases, rates)
+    return np.where(first == first.max(1, keepdims=True), then, -np.inf).argmax(1)
 
 def tuned(arm):
     """As train.py chooses: validation balance, then validation NLL."""

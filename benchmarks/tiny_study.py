@@ -251,7 +251,7 @@ def main():
     runs = {arm: variant(args, arm, options) for arm, options in ARMS.items()}
     every = study.ordered(r for of in runs.values() for r in of.flat)
     if args.again is not None:
-        return study.again(every, args.again)
+        return study.again(args.jobs, every, args.again)
     study.do(args.jobs, every)
     study.each(args.jobs, costs, [r for arm in ("sails", *OTHERS) for r in runs[arm].flat], "costs")
     arms = {arm: study.read(of, row_of) for arm, of in runs.items()}
