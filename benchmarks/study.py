@@ -70,11 +70,11 @@ def write_files(folder, files):
     print(f"saved in {folder}: {', '.join(files)}")
 
 def csv_text(rows):
-    """Dicts of the same keys as CSV, numbers to 9 decimals."""
+    """Dicts of the same keys as CSV; numbers to 12 decimals, so a test's ties are kept."""
     out = io.StringIO()
     table = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
     table.writeheader()
-    table.writerows({k: round(x, 9) if isinstance(x, float) else x for k, x in row.items()} for row in rows)
+    table.writerows({k: round(x, 12) if isinstance(x, float) else x for k, x in row.items()} for row in rows)
     return out.getvalue()
 
 # ---- numbers of runs: an arm is {column: (bases, seeds, rates)}, a choice the index of a rate (bases,) ----

@@ -85,7 +85,7 @@ def test_the_tiny_study_reports_what_its_folders_hold_skips_and_repeats_them(wor
     folders = [tmp_path / "base-0" / "sails" / f"sails-lr0.001-seed{seed}" for seed in (0, 1)]
     nll = [data.read_json(f / "results.json")["validation"]["NLL"] for f in folders]
     table = [line.split(",") for line in (tmp_path / "tiny_study.csv").read_text().splitlines()]
-    assert [row[5] for row in table if row[:2] == ["sails", "0.001"]] == [str(round(np.mean(nll), 9))]
+    assert [row[5] for row in table if row[:2] == ["sails", "0.001"]] == [str(round(np.mean(nll), 12))]
     harm = torch.tensor(data.read_json(home / "harm.json"))
     asked, _ = data.encode(world.tok, tiny_world.all_requests(world, range(192)), "tiny")
     h = model.residuals(torch.tensor([r["prompt_ids"] for r in asked]), [2])[2][:, -3:].mean(1)
