@@ -163,7 +163,7 @@ def settle(s, runs, config, sets=None):
     run.json of a run that has begun holds its choice: another micro-batch would round otherwise."""
     cpu, ranks = s.device == "cpu", data.ranks()[1]
     there = room(s.device, resident() if cpu else 0)
-    there /= max(s.jobs, int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if cpu else 1
+    there /= max(s.jobs, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if cpu else 1)
     there = min(data.gather(there))  # all choose alike
     begun = [path for r in runs if (path := Path(r.out) / "run.json").exists()]
     kinds = dict(micro=range(1, 10 ** 6 + 1), replies=range(1, 10 ** 8), checkpointing=bool)

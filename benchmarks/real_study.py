@@ -231,8 +231,8 @@ def main():
     a("--out", type=Path, default=Path("runs/real"))
     a("--results", type=Path, help="where the report goes, if not to --out")
     a("--only", type=data.list_of(str, CELLS), default=CELLS, help="cells, done in the study's order")
-    a("--jobs", type=int, default=2)
-    a("--again", type=int, metavar="N", help="repeat N finished runs and compare")
+    a("--jobs", type=data.at_least(1), default=2)
+    a("--again", type=data.at_least(1), metavar="N", help="repeat N finished runs and compare")
     args, args.more = ap.parse_known_args()
     torch.set_num_threads(1)  # as in the processes of --jobs: numbers depend on it
     write_data(args)

@@ -242,15 +242,15 @@ def main():
     a("--bases", type=some(int), default=list(range(100, 116)), help="seeds of the worlds")
     a("--seeds", type=some(int), default=[0, 1], help="alignment seeds")
     a("--steps", type=data.at_least(2), default=80, help="of training")
-    a("--jobs", type=int, default=2)
-    a("--again", type=int, metavar="N", help="repeat N finished runs and compare")
+    a("--jobs", type=data.at_least(1), default=2)
+    a("--again", type=data.at_least(1), metavar="N", help="repeat N finished runs and compare")
     args = ap.parse_args()
     torch.set_num_threads(1)  # as in the processes of --jobs: numbers depend on it
     worlds = [(args.out / f"world-{base}", base, args.seeds) for base in args.bases]
     study.each(args.jobs, make_base, worlds, "worlds")
     runs = {arm: variant(args, arm, options) for arm, options in ARMS.items()}
     every = study.ordered(r for of in runs.values() for r in of.flat)
-    if args.again is not None:
+    if args.again:
         return study.again(args.jobs, every, args.again)
     study.do(args.jobs, every)
     study.each(args.jobs, costs, [r for arm in ("sails", *OTHERS) for r in runs[arm].flat], "costs")
