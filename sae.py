@@ -127,12 +127,6 @@ def save_sae(sae, folder, layer, l0):
             other.unlink()
     return name
 
-def neuronpedia_url(model_spec, layer, width, feature):
-    """The address of a Gemma Scope feature's examples, None where nobody shows them."""
-    name = data.model_name(model_spec)
-    known = name in ("gemma-2-2b", "gemma-2-9b", "gemma-2-9b-it")
-    return f"https://www.neuronpedia.org/{name}/{layer}-gemmascope-res-{width}/{feature}" if known else None
-
 # ---- training ----
 @torch.no_grad()
 def collect_residuals(model, rows, layers, n_tokens, batch=16):
@@ -222,14 +216,6 @@ def promoted_tokens(model, tok, directions, n=8):
     read = directions.float().to(model.device) * (1 + model.norm.weight.float())  # (k, D)
     scores = read.to(model.dtype) @ model.embed_tokens.weight.T  # (k, V)
     return [[token_text(tok, i) for i in row] for row in scores.topk(n).indices.tolist()]
-
-def feature_lines(listed, n=8):
-    """A line each for the n features of features.json with the largest differences."""
-    plain = lambda words: " ".join(repr(w)[1:-1].replace(" ", "_") for w in words)
-    for f in sorted(listed, key=lambda f: -abs(f["delta"]))[:n]:
-        line = f"layer {f['layer']:2d} feature {f['feature']:5d}  Delta {f['delta']:+8.3f}  t {f['t']:+6.1f}"
-        fires, raises = (plain(w for w, _ in f[key][:4]) for key in ("fires_on", "raises"))
-        yield f"{line}  fires on {fires}   raises {raises}  {f['link'] or ''}".rstrip()
 
 def main():
     from benchmarks import explain  # what is printed needs no reading

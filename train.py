@@ -120,7 +120,7 @@ def settings(argv=None):
         s = parser().parse_args([*TINY, *([] if s.model else LISTS), *typed, "--model", str(WORLD)])
         s.tiny = True
     s.alpha = 2.0 * s.r if s.alpha is None else s.alpha
-    s.dtype = s.dtype or ("bfloat16" if s.device.startswith("cuda") else "float32")
+    s.dtype = s.dtype or ("float32" if s.tiny or s.device == "cpu" else "bfloat16")
     s.replies = None if s.micro == "auto" else 8 * s.micro  # at a time; what trains takes more memory
     fine = "full" not in s.method or s.dtype == "float32"
     need(fine, "--method full takes steps that bfloat16 rounds away: add --dtype float32")
@@ -183,10 +183,10 @@ def leave_one_out(reward):
     m = reward.shape[1]
     return (reward - reward.mean(1, keepdim=True)) * m / (m - 1)
 
-def judge_reward(tok, stop):
+def judge_reward(tok, s):
     """The reward of rloo by eval's judge: 1 for refusing harmful, or not refusing benign."""
     def reward(row, ids):
-        reply = tok.decode([t for t in ids if t not in stop])
+        reply = data.own_turn(tok.decode([t for t in ids if t not in s.stop]), s.template)
         return float(evaluation.starts_with_refusal(reply) == (row["label"] == "harmful"))
     return reward
 
@@ -225,7 +225,7 @@ def lr_at(step, s):
 def align(model, rows, s, loss, folder=None, watch=None):
     """Train what requires a gradient for s.steps steps; `folder` gets log.jsonl and checkpoints.
     A step is a pure function of (weights, optimizer state, s, step), so a resumed run is the undisturbed one,
-    bit for bit. loss as make_loss builds it; watch() is logged every s.watch steps."""
+    bit for bit on a CPU. loss as make_loss builds it; watch() is logged every s.watch steps."""
     params = lora.trainable(model)
     opt = torch.optim.AdamW([p for _, p in params], lr=s.lr, weight_decay=0.0, fused=True)
     state = folder / "state.safetensors" if folder else None
@@ -300,7 +300,7 @@ def run(s):
                 count = sum(p.numel() for _, p in lora.trainable(model))
                 say(f"training {count:,} parameters: {s.objective}, {s.steps} steps of {s.batch}, lr {s.lr}")
                 reference = base_reference(model, load) if s.objective != "sft" or s.replay > 0 else None
-                loss = make_loss(s, model, reference, judge_reward(sets.tok, s.stop), sets.neutral)
+                loss = make_loss(s, model, reference, judge_reward(sets.tok, s), sets.neutral)
                 align(model, sets.train, s, loss, folder, watcher(s, model, sets))
                 results |= dict(parameters=count, drift=save(s, model, sets, folder))
             elif s.sae == "fit":
@@ -401,7 +401,7 @@ def load_sets(s):
         say(f"no reply is judged; for a safety rate add --test {LOOKALIKES}")
     if {r["label"] for r in rows["validate"]} >= {"harmful", "benign"}:  # they can choose a learning rate
         prompts = [dict(r, id=f"validation/{n}", set="validation", expected=r["chosen"])
-                   for n, r in enumerate(rows["validate"])] + prompts
+                   for n, r in enumerate(rows["validate"]) if r["label"]] + prompts
     texts = data.read_texts(s.text or files["text"]) if s.text or "text" in files else []
     return SimpleNamespace(
         tok=tok, **rows, prompts=prompts,
@@ -600,7 +600,7 @@ def _report(folder, runs):
     data.write_text(folder / "table.md", "\n".join(lines) + "\n")
     chosen = [Path(r.out) / "features.json" for r in runs if r.method == "sails"]
     if chosen and len(runs) > 2:  # a single run has printed them
-        shown = sae_module.feature_lines(data.read_json(chosen[0]))
+        shown = explain.feature_lines(data.read_json(chosen[0]))
         say(f"Features that SAILS chose ({chosen[0].with_suffix('.md')}):", *shown, "")
     say(*lines)
     beside = "; a folder a run beside it" if len(runs) > 2 else ""

@@ -31,20 +31,34 @@ def ends(sets):
     return [r["prompt_ids"] for r in spread(sets.train, 8)]
 
 # ---- features ----
+def neuronpedia_url(sae_spec, layer, width, feature):
+    """The address of a Gemma Scope feature's examples, None where nobody shows them."""
+    size = re.search("gemma-scope-(2b|9b)-pt-res", str(sae_spec))
+    page = f"https://www.neuronpedia.org/gemma-2-{size and size[1]}/{layer}-gemmascope-res-{width}/{feature}"
+    return page if size else None
+
+def feature_lines(listed, n=8):
+    """A line each for the n features of features.json with the largest differences."""
+    plain = lambda words: " ".join(repr(w)[1:-1].replace(" ", "_") for w in words)
+    for f in sorted(listed, key=lambda f: -abs(f["delta"]))[:n]:
+        line = f"layer {f['layer']:2d} feature {f['feature']:5d}  Delta {f['delta']:+8.3f}  t {f['t']:+6.1f}"
+        fires, raises = (plain(w for w, _ in f[key][:4]) for key in ("fires_on", "raises"))
+        yield f"{line}  fires on {fires}   raises {raises}  {f['link'] or ''}".rstrip()
+
 def write_features(s, model, sets, folder, saes, stats, chosen, pairs):
     """The chosen features for programs (features.json) and for people (features.md)."""
     texts = [[side[0] for side in some] for some in zip(*pairs)]  # aligned, unaligned
     shown = sum(texts, []) if s.show_texts else [t[:128] for t in spread(sets.neutral, 128)]
     listed = describe(model, sets.tok, saes, stats, chosen, texts, shown, ends(sets), s.micro)
     for row in listed:
-        row["link"] = sae_module.neuronpedia_url(s.model, row["layer"], s.width, row["feature"])
+        row["link"] = neuronpedia_url(s.sae, row["layer"], s.width, row["feature"])
     sides = "chosen less rejected replies" if s.contrast == "replies" else "harmful less benign prompts"
     lines = [f"# Features chosen by {s.method}, score {s.score}", "",
              f"Delta: mean activation in {sides}; t: over its standard error.", "", "```",
-             *sae_module.feature_lines(listed, len(listed)), "```"]
+             *feature_lines(listed, len(listed)), "```"]
     data.write_json(folder / "features.json", listed)
     data.write_text(folder / "features.md", "\n".join(lines) + "\n")
-    data.say(*sae_module.feature_lines(listed))
+    data.say(*feature_lines(listed))
 
 @torch.no_grad()
 def effects(model, tok, layer, steps, prompts, n=8, likely=1000):

@@ -140,6 +140,10 @@ def test_a_run_explains_itself_and_the_command_says_the_same_with_or_without_its
     assert said.count("chosen, raises '") == 5 * len(explained["sums"])
     assert "shares of the update" in (said := go(asked, sails.main)[1]) and "chosen" not in said
 
+def test_only_gemma_scopes_features_get_a_link():
+    found = [explain.neuronpedia_url(x, 20, "16k", 7) for x in ("google/gemma-scope-9b-pt-res@abc", "fit")]
+    assert found == ["https://www.neuronpedia.org/gemma-2-9b/20-gemmascope-res-16k/7", None]
+
 def test_texts_of_the_contrast_are_shown_only_if_asked_for(run, home, tmp_path):
     assert all(row["contexts"] == [] for row in data.read_json(run.out / "features.json"))  # no --text
     shown = trained(home, tmp_path / "run", "--show-texts --steps 1 --layers 0").out

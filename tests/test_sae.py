@@ -14,8 +14,7 @@ ROWS = [[2, 7, 8, 9, 10, 11], [2, 13, 14], [2, 20, 21, 7, 7]]
 FILES = dict(npz="layer_3/width_40/average_l0_20/params.npz",
              safetensors="resid_post/layer_3_width_40_l0_medium/params.safetensors")
 
-def same(a, b):
-    return all(map(torch.equal, a.buffers(), b.buffers()))
+same = lambda a, b: all(map(torch.equal, a.buffers(), b.buffers()))
 
 def test_encode_and_decode_follow_the_published_formula_and_a_threshold_is_strict():
     sae, x = random_sae(), torch.randn(30, 24, generator=torch.Generator().manual_seed(3)).bfloat16()
@@ -76,11 +75,6 @@ def test_what_we_save_and_both_spellings_with_a_scaling_factor_of_one_are_read(t
 def test_an_sae_for_a_layer_below_the_first_is_refused(model):
     with pytest.raises(UserError, match="0..1"):
         sae_module.check_fit(random_sae(), model, -1)
-
-def test_only_known_models_get_a_link():
-    url = sae_module.neuronpedia_url("google/gemma-2-9b@abc", 20, "16k", 7)
-    assert url == "https://www.neuronpedia.org/gemma-2-9b/20-gemmascope-res-16k/7"
-    assert sae_module.neuronpedia_url("/somewhere/else", 20, "16k", 7) is None
 
 def sparse_states(n, seed, outlier=1):
     """Sums of 3 of 40 unit directions on average on a large mean; `outlier` stretches dimension 5."""
