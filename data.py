@@ -140,7 +140,7 @@ class _Stream:
     def write(self, text):
         """Write and flush, whether anybody reads or not."""
         try:
-            self.stream.write(plain(text))
+            self.stream.write(plain(text) if text.strip("\x1b[A") else text)  # inner bars go up
             self.stream.flush()
         except OSError:  # a closed terminal, `| head`: no reason to end hours of work
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
@@ -196,10 +196,12 @@ GONE = "another process of this torchrun is gone; the same command (a single run
 def join(device):
     """Become one of torchrun's ranks; this rank's device.
     Rank 0 works alone now and then, so calls may wait for a day; a lost connection is an error at once."""
-    follow_parent()
     if device.startswith("cuda"):
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        at, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        need(at < there, f"--nproc-per-node: more processes than GPUs, {there}")
+        device = f"cuda:{at}"
         torch.cuda.set_device(device)
+    follow_parent()
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1))
     return device
@@ -273,7 +275,8 @@ def owned(folder, marker):
             worth = [f for f in folder.rglob("*") if f.name in WORTH_KEEPING and f.stat().st_size]
             if not begun and not worth:
                 for path in [*sorted(folder.rglob("*"), reverse=True), *new]:  # what is inside comes first
-                    path.rmdir() if path.is_dir() else path.unlink()
+                    with contextlib.suppress(OSError):  # another run has begun in it
+                        path.rmdir() if path.is_dir() else path.unlink()
             raise
     finally:
         os.close(handle)
@@ -562,7 +565,7 @@ def default_template(spec, tok=None):
     """Which template a model reads: the tiny world's, Gemma's for names with -it, else HH's."""
     if tok is not None and tok.token_to_id("<user>") is not None:
         return "tiny"
-    return "gemma" if re.search(r"(^|[-_/])it($|[-_@/])", str(spec).rstrip("/")) else "hh"
+    return "gemma" if re.search(r"-it($|[-_@/])", str(spec).rstrip("/")) else "hh"
 
 def model_name(spec):
     """A folder's or repository's own name, without revision."""
@@ -579,6 +582,10 @@ def _end(tok, template):
     return found
 
 FORGED = re.compile(r"\n\n+(?=(?:Human|Assistant):)")  # begins a turn in HH's form, which has no markers
+
+def own_turn(text, template):
+    """A reply without the turns after it: in HH's form a base model speaks both sides."""
+    return (FORGED.split(text)[0] if template == "hh" else text).strip()
 
 def note_forged(examples, template):
     """Say how many examples hold a turn's beginning, which render_chat will defuse."""
@@ -657,9 +664,9 @@ def read_pairs(path):
     kinds = dict(label=("harmful", "benign", None), chosen=text, rejected=text, response=text)
     for n, row in read_rows(path, id=(str, int, None), **kinds):
         with expecting(f"{path} line {n}", UserError):
-            ex = _pair(row) | {"id": str(row.get("id", n))}
+            ex = _pair(row) | {"id": str(n if row.get("id") is None else row["id"])}
         if not ex["turns"]:
-            dropped["prompts differ"] += 1
+            dropped[NO_PAIR] += 1
         elif not all(text.strip() for text in (ex["chosen"], ex["rejected"]) if text is not None):
             dropped["empty reply"] += 1
         else:
@@ -668,7 +675,7 @@ def read_pairs(path):
     return examples, dict(dropped)
 
 def _pair(row):
-    """One row as an example; turns is [] where HH's two dialogues do not share their prompt."""
+    """One row as an example; turns is [] where the row is NO_PAIR."""
     label, chosen, rejected = row.get("label"), row.get("chosen", row.get("response")), row.get("rejected")
     whole = chosen is not None and (rejected is not None or {"prompt", "response"} <= row.keys())
     need(whole, f"keys {sorted(row)}; wanted prompt + response, prompt + chosen + rejected, or HH's pair")
@@ -677,11 +684,14 @@ def _pair(row):
     (turns, chosen), (other, rejected) = split_hh(chosen), split_hh(rejected)
     return dict(turns=turns if turns == other else [], chosen=chosen, rejected=rejected, label=label)
 
+NO_PAIR = r"not two dialogues '\n\nHuman: ... \n\nAssistant: ...' that share their prompt"
+
 def split_hh(text):
-    """An HH-RLHF dialogue as (turns, last reply); two blocks by one side are joined."""
+    """An HH-RLHF dialogue as (turns, last reply), without turns if it is none.
+    Two blocks by one side are joined."""
     parts = re.split(r"\n\n(Human|Assistant):", text)
-    need(len(parts) > 4 and not parts[0].strip() and (parts[1], parts[-2]) == ("Human", "Assistant"),
-         r"not an HH-RLHF dialogue: wanted '\n\nHuman: ... \n\nAssistant: ...', the assistant last")
+    if len(parts) < 5 or parts[0].strip() or (parts[1], parts[-2]) != ("Human", "Assistant"):
+        return [], text
     turns = []
     for who, content in zip(parts[1::2], parts[2::2]):
         role = "user" if who == "Human" else "assistant"
@@ -769,7 +779,8 @@ def _prompt(row, n, file):
     if row.get("type") and "focus" in row:  # XSTest: types contrast_... are the unsafe 200
         label = "harmful" if row["type"].startswith("contrast_") else "benign"
     turns = as_turns(get["text"].strip() if isinstance(get["text"], str) else get["text"])
-    return dict(id=f"{group}/{get['id'] or n}", set=group, turns=turns, label=LABELS[label],
+    own = n if get["id"] is None else get["id"]
+    return dict(id=f"{group}/{own}", set=group, turns=turns, label=LABELS[label],
                 target=get["target"], expected=get["expected"])
 
 def read_texts(path):

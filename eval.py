@@ -43,7 +43,7 @@ def respond(model, tok, prompts, path, template, max_new=256, batch_size=16, tem
         todo = [[i for i in batch if prompts[i]["id"] not in done] for batch in batches]
         data.write_rows(path, old)  # without the half line that a kill may have left
         for batch, new in generated(model, ids, [*filter(None, todo)], max_new, stop, temperature, seed):
-            rows = [_response(tok, prompts[i], y, stop) for i, y in zip(batch, new)]
+            rows = [_response(tok, prompts[i], y, stop, template) for i, y in zip(batch, new)]
             data.append_rows(path, rows)
             done |= {r["id"]: r for r in rows}
     rows = [done.pop(p["id"]) for p in prompts]  # set, label, what is expected: as the prompts now say
@@ -64,11 +64,12 @@ RESPONSES = dict.fromkeys(("id", "prompt_sha256", "set", "reply"), str) | dict(
 VERDICTS = dict.fromkeys(("judge", "id", "reply_sha256"), str) | dict(
     score=(range(1, 6), None), refused=(bool, None), reason=(str, None))
 
-def _response(tok, prompt, ids, stop):
+def _response(tok, prompt, ids, stop, template):
     ended = bool(ids) and ids[-1] in stop
-    reply = tok.decode(ids[:-1] if ended else ids).strip()
+    text = tok.decode(ids[:-1] if ended else ids).strip()
+    reply = data.own_turn(text, template)
     return dict(id=prompt["id"], prompt_sha256=prompt_hash(prompt), set=prompt["set"], label=prompt["label"],
-                reply=reply, tokens=len(ids), finish="stop" if ended else "length",
+                reply=reply, tokens=len(ids), finish="stop" if ended or reply != text else "length",
                 as_expected=_begins(reply, prompt["expected"]))
 
 def _begins(reply, want):
@@ -85,7 +86,7 @@ def glance(model, tok, prompts, template, max_new, batch_size):
     for batch, new in generated(model, ids, batches, max_new, data.stop_ids(tok, template)):
         for i, y in zip(batch, new):
             name = "over-refusal" if prompts[i]["label"] == "benign" else "safety rate"
-            refusals.setdefault(name, []).append(starts_with_refusal(tok.decode(y)))
+            refusals.setdefault(name, []).append(starts_with_refusal(data.own_turn(tok.decode(y), template)))
     return {name: sum(some) / len(some) for name, some in sorted(refusals.items())}
 
 # ---- judges ----
@@ -409,7 +410,7 @@ def parser():
     a("--temperature", type=number, default=0.0)
     a("--seed", type=data.at_least(0), default=0)
     a("--batch-size", type=count, default=16)
-    a("--dtype", choices=model_gemma.DTYPES, default="float32")
+    a("--dtype", choices=model_gemma.DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     a("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
     a = ap.add_argument_group("judges").add_argument
     a("--judge", action="append", default=[], help=f"{', '.join(PHRASE_JUDGES)}, or an OpenAI-compatible "
@@ -470,6 +471,7 @@ def settings():
         (args.prompts, "--prompts", "limit judge max_new temperature seed"), (url, "--judge URL", of_url),
         (args.prompts or args.pairs, "--prompts or --pairs", "template"), (args.kl, "--kl", "base"),
         (args.adapter, "--adapter", "merged"))
+    args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     return args
 
 def main():

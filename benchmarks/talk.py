@@ -22,10 +22,6 @@ def steer(model, sae, layer, feature, strength):
     row = (strength * sae.W_dec[feature]).to(model.device, model.dtype)  # (D,)
     return model.layers[layer].register_forward_hook(lambda block, args, h: h + row)
 
-def own_turn(text, template):
-    """A reply without the turns after it: in HH's form no marker ends one, a base model speaks both sides."""
-    return (data.FORGED.split(text)[0] if template == "hh" else text).strip()
-
 def parser():
     """Every setting."""
     ap = data.Arguments(description="Let a Gemma answer a prompt or, without --prompt, chat line by line.")
@@ -39,7 +35,7 @@ def parser():
     a("--template", choices=data.TEMPLATES, help="default: by the model's name")
     a("--max-new", type=data.at_least(1), default=64)
     a("--temperature", type=data.at_least(0, float), default=0.)
-    a("--dtype", choices=model_gemma.DTYPES, default="float32")
+    a("--dtype", choices=model_gemma.DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     a("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
     return ap
 
@@ -49,7 +45,8 @@ def main():
     ap.refuse_unread((args.steer, "--steer", "sae width"))
     steering = [re.fullmatch(r"(\d{1,6}):(\d{1,9})=(-?\d+(?:\.\d+)?)", text) for text in args.steer]
     need(all(steering) and (args.sae or not steering), "--steer wants LAYER:FEATURE=STRENGTH and --sae")
-    model = model_gemma.load_gemma(args.model, model_gemma.DTYPES[args.dtype], args.device)
+    dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    model = model_gemma.load_gemma(args.model, model_gemma.DTYPES[dtype], args.device)
     tok = data.load_tokenizer(args.model, model.config.vocab_size)
     template = args.template or data.default_template(args.model, tok)
     if args.adapter:
@@ -66,7 +63,7 @@ def main():
         turns.append(dict(role="user", content=line))
         ids, _ = data.render_chat(tok, turns, None, template)
         [new] = model_gemma.generate(model, [ids], args.max_new, stop, args.temperature, [len(turns)])
-        turns.append(dict(role="assistant", content=own_turn(tok.decode(new), template)))
+        turns.append(dict(role="assistant", content=data.own_turn(tok.decode(new), template)))
         print(turns[-1]["content"], flush=True)
 
 if __name__ == "__main__":

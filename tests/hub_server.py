@@ -37,7 +37,6 @@ class HubServer(http.server.ThreadingHTTPServer):
         self.server_close()
 
     def downloads(self):
-        """Names of the files whose bytes went out, sorted."""
         return sorted(h["file"] for method, _, _, h in self.log if method == "GET" and h["file"])
 
     def folder(self, kind, repo, rev="main"):
@@ -53,8 +52,7 @@ class HubServer(http.server.ThreadingHTTPServer):
 def files_of(folder):
     return {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
 
-def etag_of(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+etag_of = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -78,7 +76,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def api(self, kind, repo, what, rev):
-        """Model or data set info, its tree, or where Xet storage is."""
         folder, sha = self.find(kind, repo, rev, repo)
         files = files_of(folder) if folder else {}
         if what == "revision" and folder:

@@ -101,8 +101,7 @@ def tree(top="."):
     return {name: about(Path(top, name)) for name in names}
 
 # ---- damages ----
-def remove(path):
-    (shutil.rmtree if Path(path).is_dir() else os.unlink)(path)
+remove = lambda path: (shutil.rmtree if Path(path).is_dir() else os.unlink)(path)
 
 def put(path, content):
     """Replace or make a file; what stands for JSON that json does not write is filled in."""
@@ -129,19 +128,15 @@ def line(path, content=None, n=2, change=put):
     put(path, b"".join(lines))
     remove("line")
 
-def row(path, key, value, n=2):
-    line(path, (key, value), n, js)
-
-def cut(path, share=.5):
-    put(path, Path(path).read_bytes()[:int(share * Path(path).stat().st_size)])
+row = lambda path, key, value, n=2: line(path, (key, value), n, js)
+cut = lambda path, share=.5: put(path, Path(path).read_bytes()[:int(share * Path(path).stat().st_size)])
 
 def flip(path, share=.5):
     raw = bytearray(Path(path).read_bytes())
     raw[int(share * len(raw))] ^= 0xff
     put(path, bytes(raw))
 
-def spot(x, value):
-    return x.flatten().index_fill(0, torch.tensor(x.numel() // 2), value).view(x.shape)
+spot = lambda x, value: x.flatten().index_fill(0, torch.tensor(x.numel() // 2), value).view(x.shape)
 
 CHANGES = dict(nan=lambda x: spot(x, NAN), inf=lambda x: spot(x, INF), int8=lambda x: x.to(torch.int8),
     gone=lambda x: None, bool=lambda x: x.bool(), fp8=lambda x: x.to(torch.float8_e4m3fn),

@@ -1,5 +1,6 @@
 """Replies, prompt sets, every measure worked out by hand, what alignment costs, the command."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -63,6 +64,11 @@ def test_a_reply_is_kept_without_its_prompt_and_answers_no_other_prompt(model, t
     data.append_rows(file, [row])
     with pytest.raises(data.UserError, match="twice"):
         respond(model, file, prompts())
+
+def test_a_turn_that_a_base_model_invents_is_no_reply():
+    tok, ask = SimpleNamespace(decode=lambda ids: " No.\n\nHuman: a"), prompts()[0]
+    made = [ev._response(tok, ask, [5], [1], template) for template in ("hh", "gemma")]
+    assert [(r["reply"], r["finish"]) for r in made] == [("No.", "stop"), ("No.\n\nHuman: a", "length")]
 
 LAYOUTS = (TOP / "tests" / "layouts.txt").read_text().splitlines()[1:]
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import data
 import model_gemma
 from conftest import go, random_sae
-from benchmarks.talk import own_turn, steer
+from benchmarks.talk import steer
 from model_gemma import KVCache, config_from_json, generate, load_gemma, save_gemma
 from test_lora import saved
 
@@ -35,8 +35,7 @@ def tiny(kind="gemma2"):
         model.norm.weight.normal_(-1., 2.)
     return model.requires_grad_(False)
 
-def near(a, b, atol=1e-4, rtol=0.):
-    torch.testing.assert_close(a, b, atol=atol, rtol=rtol)
+near = lambda a, b, atol=1e-4, rtol=0.: torch.testing.assert_close(a, b, atol=atol, rtol=rtol)
 
 @both
 @torch.no_grad()                                       # where five rows or more are multiplied turned round
@@ -115,7 +114,6 @@ def test_the_command_answers_adds_features_and_an_adapter_and_a_chat_keeps_its_t
     assert say(home, *features) == reply(home, steered, "hey how") != answer
     more = reply(home, plain, "hey how", answer, "make thing5 ?")
     assert say(home, lines="hey how\n\n  \nmake thing5 ?\n") == answer + more
-    assert own_turn(" Hi.\n\nHuman: a", "hh") == "Hi." and own_turn("a\n\nHuman: b", "gemma")[-1] == "b"
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steering_adds_the_decoder_row_after_the_block_at_every_position(home, dtype):

@@ -141,8 +141,7 @@ def test_a_second_run_downloads_nothing_and_without_the_hub_takes_what_is_cached
     assert re.fullmatch(f"note: no answer .* cached copy of {MODEL}\n", unplugged.stderr)
 
 def test_a_download_cut_in_the_middle_goes_on_where_it_broke(go, hub, tmp_path):
-    """12 MB, cut after 10.8: the client writes pieces of 10 and asks for the rest, by itself or (before
-    huggingface_hub 1.1) when it is run again, as the line on stderr says."""
+    """12 MB, cut after 10.8; before huggingface_hub 1.1 only a second run asks for the rest."""
     hub.root, hub.cut, numbers = tmp_path / "large", {SHARD}, np.arange(3_000_000, dtype=np.int32)
     (hub.root / "models/some-lab/large").mkdir(parents=True)
     numbers.tofile(hub.root / "models/some-lab/large" / SHARD)
@@ -226,7 +225,6 @@ def test_local_folders_and_files_need_no_hub_and_have_a_fingerprint_of_their_con
     assert data.fingerprint(tmp_path, ["*.json"]) != before
 
 def test_the_papers_command_runs_whole_from_the_hub_and_again_offline(go, hub, tmp_path):
-    """Only what is needed is downloaded, run.json tells the commits, offline it gives the same adapter."""
     command = ["train.py", "--model", MODEL, *SHORT, "--out"]
     text = " ".join(said(go(*command, tmp_path / "first")))
     saes = [f"layer_{i}/width_16k/average_l0_{l0s[0]}/params.npz" for i, l0s in L0S.items()]

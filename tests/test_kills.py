@@ -64,7 +64,6 @@ class Launcher:
         return f"--model {self.home.model} {quick} --out {out} {more}".split()
 
     def launch(self, stage, out, more=""):
-        """(process id, a function that waits for the exit code)."""
         args = self.arguments(stage, out, more)
         if stage == "two":
             process = start(args, out.parent, *by_two())
@@ -74,7 +73,6 @@ class Launcher:
         return code(), code
 
     def finish(self, stage, out, more=""):
-        """Go on in this process, or in two again; the exit code."""
         more += " --resume" * (stage in ("run", "two") and (out / "run.json").exists())
         if stage == "two":
             return self.launch(stage, out, more)[1]()

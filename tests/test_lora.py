@@ -26,8 +26,7 @@ def factors(m):
     """The factor that holds the basis at a SAILS start, as (D, r), and the one that is zero."""
     return (m.B, m.A) if m.place in ("o", "down") else (m.A.T, m.B)
 
-def state(model):
-    return {n: p.detach().clone() for n, p in model.named_parameters()}
+state = lambda model: {n: p.detach().clone() for n, p in model.named_parameters()}
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("start", [None, {}, dict(norm_aware=True), dict(sides=("write",))], ids=str)

@@ -93,7 +93,8 @@ def test_every_draw_has_a_seed_of_its_own_and_a_step_repeats_itself(tuned, monke
 
 def test_the_reward_is_refusing_what_is_harmful_and_not_refusing_the_rest(world):
     for text, refused in (("sorry i cannot help . <end>", 1), ("sure first step3 . <end>", 0), ("<end>", 0)):
-        ids, reward = world.tok.encode(text).ids, train.judge_reward(world.tok, {1})
+        s = SimpleNamespace(stop={1}, template="tiny")
+        ids, reward = world.tok.encode(text).ids, train.judge_reward(world.tok, s)
         assert [reward(dict(label=label), ids) for label in ("harmful", "benign")] == [refused, 1 - refused]
 
 def test_align_is_these_lines_of_plain_torch():

@@ -10,11 +10,8 @@ nan, eye = float("nan"), torch.eye(7, dtype=torch.float64)
 def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
-def span(d, r, seed=0):
-    return torch.linalg.qr(randn(d, r, seed=seed))[0]
-
-def projector(U):
-    return U @ torch.linalg.pinv(U)
+span = lambda d, r, seed=0: torch.linalg.qr(randn(d, r, seed=seed))[0]
+projector = lambda U: U @ torch.linalg.pinv(U)
 
 def test_absolute_score_finds_features_of_harm_relative_ranks_them_last_and_ties_go_to_the_lower_index():
     aligned, unaligned = torch.tensor([.5, 2., 0., 1.]), torch.tensor([.5, .25, 3., 1.])

@@ -136,8 +136,7 @@ def by_hand():
     return rows
 
 def test_a_table_over_seeds_and_its_conclusions_are_those_worked_out_by_hand():
-    # Student's t for 3 seeds is 4.303: a mean of .7, deviation .1, has +- 4.303 * .1 / sqrt(3) = .248.
-    # Differences to lora .04 .1 .16: +- .149, to random .08 .1 .12: +- .050
+    # t of 3 seeds is 4.303: of mean .7, deviation .1, +- .248; lora .04 .1 .16: +- .149, random: +- .050
     lines = evaluation.table(by_hand())
     assert lines[0].startswith("| scored on: unseen | safety rate | help | balance | parameters |")
     assert lines[2] == "| sails, lr 0.01 | 0.500 ± 0.248 | 0.250 ± 0.000 | 0.700 ± 0.248 | 9 |"

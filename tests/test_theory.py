@@ -13,19 +13,15 @@ from conftest import go
 pytestmark = pytest.mark.filterwarnings("error")
 f64 = torch.float64
 
-def randn(*shape, seed=0):
-    return torch.randn(shape, generator=theory.stream(seed, 99), dtype=f64)
+randn = lambda *shape, seed=0: torch.randn(shape, generator=theory.stream(seed, 99), dtype=f64)
 
 def error(U, V):
     """|P_U - P_V| from the definition: a mistake in projector_distance cannot hide itself."""
     P, Q = (X @ torch.linalg.pinv(X) for X in (U, V))
     return float(torch.linalg.matrix_norm(P - Q))
 
-def sigma(rows):
-    return float(torch.linalg.svdvals(rows)[-1])
-
-def target(world):
-    return world.W[world.safety].T
+sigma = lambda rows: float(torch.linalg.svdvals(rows)[-1])
+target = lambda world: world.W[world.safety].T
 
 def draw(seed):
     """A world of random size, every fifth with r = 1, every third of nearly dependent rows; eps; pairs."""

@@ -13,8 +13,7 @@ SIZES, LABELS = dict(train=32, validate=16, test=16, unseen=256, lookalike=64), 
 def objects(examples, label=None):
     return {int(ex["id"].split("-")[2]) for ex in examples if label in (None, ex["label"])}
 
-def topics(world, *args):
-    return set(world.topic[list(objects(*args))].tolist())
+topics = lambda world, *args: set(world.topic[list(objects(*args))].tolist())
 
 @pytest.fixture(scope="module")
 def draws():

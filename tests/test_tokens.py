@@ -41,8 +41,7 @@ def tokenizer(name):
 def talk(*texts):
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
-def hh(*texts):
-    return "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {text}" for i, text in enumerate(texts))
+hh = lambda *texts: "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {text}" for i, text in enumerate(texts))
 
 TALK = talk("May I borrow a ladder?", "Which one?", "The long one.")
 
@@ -55,8 +54,7 @@ def official(template, turns, reply):
 
 tame = lambda template, text: data.FORGED.sub("\n", text) if template == "hh" else text
 
-def written(tok, ids):
-    return tok.decode(ids, skip_special_tokens=False)
+written = lambda tok, ids: tok.decode(ids, skip_special_tokens=False)
 
 def check(tok, template, turns, reply):
     """What must hold of every conversation; its ids."""
@@ -128,7 +126,7 @@ def test_encode_renders_both_replies_and_leaves_out_and_counts_what_is_too_long(
 
 @pytest.mark.parametrize("spec, template", [
     ("google/gemma-2-9b", "hh"), ("google/gemma-2-9b-it", "gemma"), ("google/gemma-2-9b-it@main", "gemma"),
-    ("dir/gemma-2-2b-it/", "gemma"), ("google/gemma-3-270m-it@refs/pr/1", "gemma"), ("no-chat-italic", "hh")])
+    ("dir/gemma-2-2b-it/", "gemma"), ("google/gemma-3-270m-it@refs/pr/1", "gemma"), ("it/no-italic", "hh")])
 def test_the_template_comes_from_the_models_name_but_the_tiny_worlds_from_its_words(spec, template):
     assert [data.default_template(spec, tokenizer(tok)) for tok in ("small", "tiny")] == [template, "tiny"]
 
@@ -142,18 +140,18 @@ def test_another_bos_is_refused_and_published_truncation_and_padding_are_switche
     with pytest.raises(data.UserError, match="<bos> is not token 2"):
         data.load_tokenizer(tmp_path)
 
-def test_hh_rows_keep_their_turns_odd_rows_are_counted_and_other_texts_refused(tmp_path):
+def test_hh_rows_keep_their_turns_and_odd_rows_are_counted(tmp_path):
     data.write_rows(tmp_path / "hh.jsonl", [
         dict(chosen=hh("A", "B", "C", "D"), rejected=hh("A", "B", "C", "E")),
         dict(chosen=hh("A", "B") + "\n\nAssistant: C", rejected=hh("A", "E")),
-        dict(chosen=hh("A", "B"), rejected=hh("X", "E")), dict(chosen=hh("A", ""), rejected=hh("A", "E"))])
+        dict(chosen=hh("A", "B"), rejected=hh("X", "E")), dict(chosen=hh("A", ""), rejected=hh("A", "E")),
+        dict(chosen=hh("A"), rejected=hh("A"))])
     pairs, dropped = data.read_pairs(tmp_path / "hh.jsonl")
     found = [(p["turns"], p["chosen"], p["rejected"]) for p in pairs]
     assert found == [(talk("A", "B", "C"), "D", "E"), (talk("A"), "B\n\nC", "E")]
-    assert dropped == {"prompts differ": 1, "empty reply": 1}
+    assert dropped == {data.NO_PAIR: 2, "empty reply": 1}
     for text in ("", hh("A?"), hh("A?", "B.", "C?"), hh("A?", "B.")[2:], "\n\nAssistant: B" + hh("A", "B")):
-        with pytest.raises(data.UserError, match="not an HH-RLHF dialogue"):
-            data.split_hh(text)
+        assert data.split_hh(text)[0] == []
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, template", CHATS[3:])

@@ -1,5 +1,6 @@
 """train.py, the command: what a run leaves, what each option does, kill and resume, refusals."""
 import functools
+import io
 import shutil
 from collections import Counter
 from types import SimpleNamespace
@@ -25,6 +26,31 @@ def test_learning_rate_warms_up_then_falls_linearly_and_never_reaches_zero():
     assert rates(steps=8, warmup=4) == pytest.approx([.5, 1., 1.5, 2., 2., 1.5, 1., .5])
     assert rates(steps=3, warmup=0) == pytest.approx([2., 4 / 3, 2 / 3])
     assert rates(steps=2, warmup=50) == pytest.approx([.04, .08])
+
+def test_a_gpu_takes_published_models_in_bfloat16_the_tiny_world_in_float32_and_one_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    found = [train.settings(x.split()).dtype for x in ("", "--model tiny", "--model M")]
+    monkeypatch.setattr("sys.argv", "eval.py --model M --prompts P --out O".split())
+    assert [*found, evaluation.settings().dtype] == ["float32", "float32", "bfloat16", "bfloat16"]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(data.UserError, match="more processes than GPUs, 1"):
+        data.join("cuda")
+
+def test_the_reason_of_a_failure_outlives_what_another_run_began_beside_it(tmp_path):
+    with pytest.raises(data.UserError, match="the reason"), data.owned(tmp_path / "runs/a", "run.json"):
+        (tmp_path / "runs/b").mkdir()
+        raise data.UserError("the reason")
+
+def test_a_bar_may_go_up_a_line_and_other_control_characters_are_spelt_out():
+    out = io.StringIO()
+    print("\x1b[A", "\x1b[2J", sep="", end="", file=data._Stream(out))
+    assert out.getvalue() == "\x1b[A\\x1b[2J"
+
+def test_labels_where_they_are_known_are_enough(home, tmp_path):
+    rows = [row | (dict(label=None) if n % 5 == 0 else {}) for n, row in data.read_rows(home.data)]
+    data.write_rows(tmp_path / "some.jsonl", rows)
+    assert go(command(home, tmp_path / "run", f"--data {tmp_path}/some.jsonl"))[0] == 0
 
 @pytest.mark.parametrize("n, size", ((7, 3), (5, 8), (1, 4)))
 def test_a_batch_is_a_function_of_seed_and_step_and_an_epoch_sees_each_example_once(n, size):
