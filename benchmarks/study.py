@@ -19,7 +19,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
-import eval as evaluation
 import train
 
 # ---- runs ----
