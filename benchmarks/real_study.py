@@ -69,17 +69,16 @@ def write_data(args):
     data.write_rows(args.out / "lookalikes.jsonl", [row for _, row in asked])
 
 def runs_of(args, cell, methods=METHODS, options=("--sae", "fit"), folder=""):
-    """{method: settings of its runs (seeds, rates)} of a cell, "base" among them; SAEs are shared."""
-    kind, listed = cell[:3] if cell[:3] in BATCH else "sft", lambda values: ",".join(f"{x:g}" for x in values)
+    """{method: its runs (seeds, rates)} of a cell, "base" among them; SAEs are shared."""
+    kind = "dpo" if cell.startswith("dpo") else "sft"
     argv = ["--model", args.model, "--data", args.out / f"data-{kind}-{number(cell)}", *SETTINGS.split(),
-            "--batch", BATCH[kind], *args.more, *options, "--objective", kind, "--lr", listed(RATES),
-            "--seed", listed(SEEDS), "--method", ",".join(methods)]
+            "--batch", BATCH[kind], *args.more, *options, "--objective", kind, "--lr", RATES,
+            "--seed", SEEDS, "--method", ",".join(methods)]
     argv += ["--test", args.out / "lookalikes.jsonl"] if number(cell) == TALK else []
-    every = study.combine(argv, args.out / cell / folder)
-    for r in every:
+    found = study.combine(argv, args.out / cell / folder)
+    for r in (r for runs in found.values() for r in runs.flat):
         r.shared = str(args.out / "base")
-    grid = lambda m: np.array([r for r in every if r.method == m]).reshape(len(SEEDS), -1)
-    return {m: grid(m) for m in ("base", *methods)}
+    return found
 
 def do_cell(args, base, methods):
     """{method: its grid of runs (rates,), the index of the best, runs (seeds,) at that rate}, all done."""

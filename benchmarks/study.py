@@ -23,11 +23,14 @@ import train
 
 # ---- runs ----
 def combine(argv, folder):
-    """The runs that a command line of train.py stands for, the base first; prints nothing."""
-    s = train.settings([str(word) for word in argv])
+    """{method: its runs (seeds, rates)}, "base" among them, of a command line of train.py; prints nothing."""
+    listed = lambda word: ",".join(f"{x:g}" for x in word) if isinstance(word, (list, tuple)) else str(word)
+    s = train.settings([*map(listed, argv)])
     with contextlib.redirect_stdout(io.StringIO()):
         train.choose_sources(s)
-    return train.combinations(s, Path(folder))
+    runs = train.combinations(s, Path(folder))
+    grid = lambda method: np.array([r for r in runs if r.method == method]).reshape(len(s.seed), -1)
+    return {method: grid(method) for method in ("base", *s.method)}
 
 def ordered(runs):
     """Different runs; those that share model and data are neighbours, so these load once."""

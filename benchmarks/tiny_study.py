@@ -56,18 +56,17 @@ def variant(args, arm, options, rates=None, bases=None):
     """Settings of an arm's runs (bases, seeds, rates), at every rate of its grid or at these."""
     full, out = "--method full" in options, []
     where = [] if full else ["--targets", "q,k,v,o,gate,up,down"]
-    listed = lambda numbers: ",".join(f"{x:g}" for x in numbers)
     for base in bases or args.bases:
         home = args.out / f"world-{base}"
         argv = ["--model", home, *(word.replace(str(train.WORLD), str(home)) for word in train.TINY), *where,
                 "--device", "cpu", "--watch", 0, "--steps", args.steps,
                 *(word.format(home=home, seed="{seed}") for word in options.split()),
-                "--lr", listed(rates or (FULL_RATES if full else RATES)), "--seed", listed(args.seeds)]
-        runs = study.combine(argv, args.out / f"base-{base}" / re.sub(r"\W+", "-", arm))
-        out.append([r for r in runs if r.method != "base"])
-        for r in out[-1]:
+                "--lr", rates or (FULL_RATES if full else RATES), "--seed", args.seeds]
+        _, runs = study.combine(argv, args.out / f"base-{base}" / re.sub(r"\W+", "-", arm)).values()
+        out.append(runs)
+        for r in runs.flat:
             r.contrast_data = (r.contrast_data or "").replace("{seed}", str(r.seed)) or None
-    return np.array(out).reshape(len(out), len(args.seeds), -1)
+    return np.array(out)
 
 def watched(args, arm, found):
     """Runs (bases, seeds, 1) of an arm at tuned rates, watched on unseen topics."""
