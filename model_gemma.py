@@ -363,7 +363,7 @@ class Gemma(nn.Module):
 
     def nll(self, h, targets, chunk=256):
         """-log p(target) (n,), nats, fp32, of h (n, D), with `chunk` rows of logits at a time."""
-        return _ChunkedNLL.apply(h, self.embed_tokens.weight, targets, self.config.final_cap, chunk)
+        return _NLL.apply(h, self.embed_tokens.weight, targets, self.config.final_cap, chunk)
 
     def reply_nll(self, rows):
         """-log p (n,), nats, of the masked tokens of texts (ids, mask), and each one's text (n,).
@@ -378,9 +378,9 @@ class Gemma(nn.Module):
         """ids (B, T) -> logits (B, T, V), fp32."""
         return self.logits(self.hidden(ids, keep)[0])
 
-class _ChunkedNLL(torch.autograd.Function):
+class _NLL(torch.autograd.Function):
     """Head, cap and cross-entropy by chunks: 4 x 512 positions of a 256,000-word head are 2 GB.
-    With a frozen head the gradient for h is made at once, while a chunk's logits are there; a trainable one
+    With a frozen head the gradient of h is made beside a chunk's logits; a trainable one
     (tied) is worked out again in the backward pass."""
     @staticmethod
     def forward(ctx, h, table, targets, cap, chunk):
@@ -389,25 +389,25 @@ class _ChunkedNLL(torch.autograd.Function):
         grad_h = torch.empty_like(h) if h.requires_grad and not table.requires_grad else None
         for a in range(0, len(h), chunk):
             rows = slice(a, a + chunk)
-            z, logp = _ChunkedNLL.logp(h[rows], table, cap)
-            nll[rows] = -logp.gather(1, targets[rows, None])[:, 0]
+            nll[rows], d = _NLL.scored(h[rows], table, targets[rows], cap, grad_h is not None)
             if grad_h is not None:
-                grad_h[rows] = _ChunkedNLL.slope(z, logp, targets[rows], cap).to(h.dtype) @ table
+                grad_h[rows] = d @ table
         ctx.save_for_backward(*((grad_h,) if grad_h is not None else (h, table, targets)))
         return nll
 
     @staticmethod
-    def logp(h, table, cap):
-        """Capped logits and their log-softmax, both (chunk, V) fp32."""
-        z = softcap_(F.linear(h, table), cap).float()
-        return z, F.log_softmax(z, -1)
-
-    @staticmethod
-    def slope(z, logp, targets, cap):
-        """d nll / d head output = (softmax - onehot) (1 - (z / cap)^2), in z's and logp's memory."""
-        p = logp.exp_()
-        p[torch.arange(len(p), device=p.device), targets] -= 1
-        return p if cap is None else p.addcmul_(p, z.square_(), value=-cap ** -2)
+    def scored(h, table, targets, cap, slopes=True):
+        """-log p (n,); with slopes its d / d head output, (softmax - onehot) (1 - (z / cap)^2), (n, V).
+        Slopes take the logits' memory, eight rows at a time: the cache holds what is fp32."""
+        z, nll = softcap_(F.linear(h, table), cap), []  # (n, V)
+        for part, target in zip(z.split(8), targets[:, None].split(8)):
+            y = part.float()
+            p = F.log_softmax(y, -1)
+            nll.append(-p.gather(1, target)[:, 0])
+            if slopes:
+                p.exp_().scatter_add_(1, target, -torch.ones_like(p[:, :1]))
+                part.copy_(p if cap is None else p.addcmul_(p, y.square_(), value=-cap ** -2))
+        return torch.cat(nll), z
 
     @staticmethod
     @once_differentiable
@@ -419,10 +419,9 @@ class _ChunkedNLL(torch.autograd.Function):
         grad_h, grad_table = torch.empty_like(h), None
         for a in range(0, len(h), ctx.chunk):
             rows = slice(a, a + ctx.chunk)
-            d = _ChunkedNLL.slope(*_ChunkedNLL.logp(h[rows], table, ctx.cap), targets[rows], ctx.cap)
-            d = d.mul_(g[rows, None]).to(h.dtype)
+            d = _NLL.scored(h[rows], table, targets[rows], ctx.cap)[1].mul_(g[rows, None])
             grad_h[rows] = d @ table
-            # made by the first chunk: zeros to add to would be written, a GB of them, for nothing
+            # zeros to add to would be a GB, written for nothing
             grad_table = d.T @ h[rows] if grad_table is None else grad_table.addmm_(d.T, h[rows])
         return grad_h, grad_table, None, None, None
 

@@ -451,16 +451,14 @@ def subspace(s, model, sets, folder):
             need(good, f"{path}: V.{i} is missing or not orthonormal, fp32 ({D}, r_s)")
         return bases
     saes, pairs, stats = dict.fromkeys(s.layers), [], {i: dict(D=model.config.d_model) for i in s.layers}
-    reads = "model data shared sae width layers contrast contrast_data contrast_pairs last"
-    key = [vars(s)[k] for k in reads.split()]
+    reads = "model data text shared sae width layers contrast contrast_data contrast_pairs last show_texts"
+    key = [s.method in sails.READS_SAE, *(vars(s)[k] for k in reads.split())]
     if s.method in sails.READS_SAE:
         saes = load_saes(s, model, sets)  # not kept: the 9B's take 2.4 GB
     if s.method in sails.READS_DATA:
-        rows = sets.train
-        if s.contrast_data:
-            rows, _ = data.encode(sets.tok, data.read_pairs(s.contrast_data)[0], s.template)
+        rows = sets.train if not s.contrast_data else data.encode(
+            sets.tok, data.read_pairs(s.contrast_data)[0], s.template)[0]
         pairs = sails.contrast_pairs(rows, s.contrast, s.last)[:s.contrast_pairs]
-        key = [*key, s.method in sails.READS_SAE]
         stats = keep("stats", key, lambda: sails.contrast_means(model, saes, pairs, s.micro))
     with data.expecting("no subspace (--drop leaves features out)", ValueError):
         bases, chosen = sails.subspaces(
@@ -469,7 +467,9 @@ def subspace(s, model, sets, folder):
     for i, V in bases.items():
         say(f"layer {i}: {len(chosen.get(i, ()))} features -> {V.shape[1]} directions for rank {s.r}")
     if chosen:
-        explain.write_features(s, model, sets, folder, saes, stats, chosen, pairs[:200])
+        key = [*key, *(f.tolist() for f in chosen.values())]
+        explain.write_features(s, folder, keep("features", key, lambda: explain.describe_all(
+            s, model, sets, saes, stats, chosen, pairs[:200])))
     kept = {f"V.{i}": V for i, V in bases.items()} | {f"features.{i}": f for i, f in chosen.items()}
     kept |= {f"rows.{i}": saes[i].W_dec[f.to(s.device)] for i, f in chosen.items()}
     model_gemma.save_tensors(path, kept)

@@ -45,13 +45,15 @@ def feature_lines(listed, n=8):
         fires, raises = (plain(w for w, _ in f[key][:4]) for key in ("fires_on", "raises"))
         yield f"{line}  fires on {fires}   raises {raises}  {f['link'] or ''}".rstrip()
 
-def write_features(s, model, sets, folder, saes, stats, chosen, pairs):
-    """The chosen features for programs (features.json) and for people (features.md)."""
+def describe_all(s, model, sets, saes, stats, chosen, pairs):
+    """describe() of a run's chosen features in its pairs of texts, with links."""
     texts = [[side[0] for side in some] for some in zip(*pairs)]  # aligned, unaligned
     shown = sum(texts, []) if s.show_texts else [t[:128] for t in spread(sets.neutral, 128)]
     listed = describe(model, sets.tok, saes, stats, chosen, texts, shown, ends(sets), s.micro)
-    for row in listed:
-        row["link"] = neuronpedia_url(s.sae, row["layer"], s.width, row["feature"])
+    return [f | dict(link=neuronpedia_url(s.sae, f["layer"], s.width, f["feature"])) for f in listed]
+
+def write_features(s, folder, listed):
+    """The chosen features for programs (features.json) and for people (features.md)."""
     sides = "chosen less rejected replies" if s.contrast == "replies" else "harmful less benign prompts"
     lines = [f"# Features chosen by {s.method}, score {s.score}", "",
              f"Delta: mean activation in {sides}; t: over its standard error.", "", "```",

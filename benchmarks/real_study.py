@@ -6,7 +6,8 @@
 
 FOLDER holds .txt files, read beside the dialogues when SAEs are fitted; options not listed are train.py's. A
 cell is an objective and a number of training dialogues, which are nested. Every method runs at every rate
-with the first seed, validation picks its rate, that rate runs with every seed. A report is of what is done.
+with the first seed, validation picks its rate, that rate runs with every seed; one process does all these,
+so what a method reads from the data is made once.
 best-240 is SAILS with what helps it alone: candidates run at SAILS's rate with the first seed, those that
 lower validation's NLL are combined, and the combination gets its own rates and seeds. `mean` and `encoder`
 are SAEs of the same encoder, so the same features are chosen, with other decoder rows: without their part
@@ -48,22 +49,21 @@ number = lambda cell: int(cell.split("-")[1])  # of dialogues to train on
 
 def write_data(args):
     """Write --out/data-OBJECTIVE-N, N dialogues to train on and those held out, and look-alike prompts."""
-    source, sizes = Path(args.data), sorted({number(cell) for cell in CELLS})
     if (args.out / "lookalikes.jsonl").exists():
         return
+    source, name = Path(args.data), "harmless-base/test.jsonl.gz"
     if not source.is_file():
-        name = "harmless-base/test.jsonl.gz"
         source = data.fetch(args.data, [name], "dataset")[0] / name
     tok, (examples, _) = data.load_tokenizer(args.model), data.read_pairs(source)
-    rows, _ = data.encode(tok, examples, data.default_template(args.model, tok))
-    replies = lambda r: [sum(r[side][1]) for side in ("chosen_tokens", "rejected_tokens")]
-    short = [r for r in rows if len(r["prompt_ids"]) + max(replies(r)) <= LONGEST and min(replies(r)) > 3]
-    for (part, wanted), some in zip(PARTS.items(), data.split_by_prompt(short, PARTS.values())):
+    rows, _ = data.encode(tok, examples, data.default_template(args.model, tok), LONGEST)
+    some_words = [r for r in rows if min(sum(r[f"{side}_tokens"][1]) for side in ("chosen", "rejected")) > 3]
+    for (part, wanted), some in zip(PARTS.items(), data.split_by_prompt(some_words, PARTS.values())):
         data.need(len(some) >= wanted, f"{source}: {len(some)} short dialogues to {part}, wanted {wanted}")
-        alone = [dict(prompt=r["turns"], id=r["id"], response=r["chosen"]) for r in some]
         pairs = [dict(prompt=r["turns"], **{k: r[k] for k in ("id", "chosen", "rejected")}) for r in some]
-        for kind, n in itertools.product(BATCH, sizes):  # sft's held-out dialogues have chosen replies only
-            rows = pairs[:n] if part == "train" else (alone if kind == "sft" else pairs)[:wanted]
+        for kind, n in itertools.product(BATCH, {number(cell) for cell in CELLS}):
+            rows = pairs[:n if part == "train" else wanted]
+            if kind == "sft" and part != "train":  # only chosen replies are scored
+                rows = [dict(prompt=r["prompt"], id=r["id"], response=r["chosen"]) for r in rows]
             data.write_rows(args.out / f"data-{kind}-{n}" / f"{part}.jsonl", rows)
     asked = data.read_rows(train.LOOKALIKES)[:ASKED]
     data.write_rows(args.out / "lookalikes.jsonl", [row for _, row in asked])
@@ -80,25 +80,26 @@ def runs_of(args, cell, methods=METHODS, options=("--sae", "fit"), folder=""):
         r.shared = str(args.out / "base")
     return found
 
-def do_cell(args, base, methods):
-    """{method: its grid of runs (rates,), the index of the best, runs (seeds,) at that rate}, all done."""
-    methods = {m: runs for m, runs in methods.items() if m != "base"}
-    study.do(args.jobs, study.ordered(r for runs in methods.values() for r in runs[0]))
-    best = {m: int(np.argmin([validation(r, base) for r in runs[0]])) for m, runs in methods.items()}
-    study.do(args.jobs, study.ordered(r for m, runs in methods.items() for r in runs[:, best[m]]))
-    return {m: SimpleNamespace(grid=x[0], best=best[m], runs=x[:, best[m]]) for m, x in methods.items()}
+def do_method(base, runs):
+    """Do runs (seeds, rates): grid, the rates with one seed; best, an index; runs, the seeds at that rate."""
+    for r in runs[0]:
+        study.run(r)
+    best = int(np.argmin([validation(r, base) for r in runs[0]]))
+    for r in runs[:, best]:
+        study.run(r)
+    return SimpleNamespace(grid=runs[0], best=best, runs=runs[:, best])
 
-def do_best(args, base, cell):
-    """do_cell() of each candidate alone and of `sails-best`, beside the cell without them."""
+def do_best(args, base):
+    """{method: as do_method gives it}: SAILS, each candidate alone at its rate, those that help combined."""
     def ours(*names):
         options = candidates(args, base, names)
         return runs_of(args, f"best-{TALK}", ["sails"], options, "-".join(names))["sails"]
-    i = cell["sails"].best
-    alone = do_cell(args, base, {f"sails, {c}": ours(c)[:1, i:i + 1] for c in CANDIDATES})
-    least = validation(cell["sails"].grid[i], base)
-    helps = [c for c, it in zip(CANDIDATES, alone.values()) if validation(it.grid[0], base) < least]
-    combined = do_cell(args, base, {"sails-best": ours(*helps)}) if helps else {}
-    return {m: cell[m] for m in ("sails", "lora")} | alone | combined
+    sails = do_method(base, runs_of(args, f"sft-{TALK}")["sails"])
+    alone = {c: do_method(base, ours(c)[:1, [sails.best]]) for c in CANDIDATES}
+    least = validation(sails.runs[0], base)
+    helps = [c for c, it in alone.items() if validation(it.runs[0], base) < least]
+    combined = {"sails-best": do_method(base, ours(*helps))} if helps else {}
+    return {"sails": sails} | {f"sails, {c}": it for c, it in alone.items()} | combined
 
 def candidates(args, base, names):
     """train.py's options for SAILS with these candidates; the SAEs that they need are written."""
@@ -143,10 +144,14 @@ def interval(x, weight):
     seeds = data.t_interval(x.sum(1) / weight.sum())[1] if len(x) > 1 else 0
     return float(mean), float(np.hypot(1.96 * squares ** .5 / weight.sum(), seeds))
 
+def measured(runs, base, part="test", kind=None):
+    """What runs minimise, (nats, half-width): NLL of chosen per token, or DPO's loss against the base."""
+    kind, now, then = kind or runs[0].objective, scores(runs, part), scores([base], part)
+    return interval(*losses(kind, now, then, base.beta))
+
 def validation(run, base):
-    """What picks a rate, in nats: NLL of chosen per token, or DPO's loss against the base."""
-    now, then = (scores([r], "validate") for r in (run, base))
-    return interval(*losses(run.objective, now, then, run.beta))[0]
+    """What picks a rate, in nats."""
+    return measured([run], base, "validate")[0]
 
 def refusals(run):
     """Per cent of harmful look-alikes that are refused, and of benign ones: (2,)."""
@@ -180,19 +185,16 @@ def verdicts_table(found):
 
 def cell_table(name, cell, base):
     """Markdown lines: a method's validation at every rate, its test numbers at the best one."""
-    nats, then, rows = "{:.4f} ± {:.4f}".format, scores([base]), {}
+    rows = {}
     for m, it in ({"base": SimpleNamespace(grid=[], best=0, runs=[base])} | cell).items():
-        now, edge = scores(it.runs), len(it.grid) > 1 and it.best in (0, len(it.grid) - 1)
-        x, weight = losses(name[:3], now, then, base.beta)
+        edge = " (edge)" if len(it.grid) > 1 and it.best in (0, len(it.grid) - 1) else ""
         rows[m] = {f"at {r.lr:g}": f"{validation(r, base):.4f}" for r in it.grid}
-        rows[m] |= {"best": f"{it.runs[0].lr:g}{' (edge)' * edge}", "test": nats(*interval(x, weight)),
-                    "sd over seeds": f"{(x.sum(1) / weight.sum()).std():.4f}",
-                    "NLL": f"{-now[..., 0].sum() / now[..., 1].sum():.4f}"}
+        rows[m] |= {"best": f"{it.runs[0].lr:g}{edge}",
+                    "test": "{:.4f} ± {:.4f}".format(*measured(it.runs, base, kind=name[:3]))}
         if number(name) == TALK:
             said = np.array([refusals(r) for r in it.runs])  # (seeds, 2)
-            rows[m] |= {key: f"{x:.0f}" for key, x in zip(("refused, harmful, %", "benign, %"), said.mean(0))}
-            strict, half = data.t_interval(said[:, 0] - said[:, 1])
-            rows[m]["harmful less benign"] = f"{strict:+.0f}" + (f" ± {half:.0f}" if len(said) > 1 else "")
+            rows[m] |= dict(zip(("refused, harmful, %", "benign, %"), said.mean(0).tolist()))
+            rows[m]["harmful less benign"] = "{:+.1f} ± {:.1f}".format(*data.t_interval(said @ (1, -1)))
     return [f"## {name}", "", *evaluation.markdown("validation", rows), ""]
 
 def csv_rows(cells, base):
@@ -200,12 +202,11 @@ def csv_rows(cells, base):
     listed = {r.out: (name, m, r, "final" if r in it.runs else "grid") for name, cell in cells.items()
               for m, it in cell.items() for r in (*it.grid, *it.runs)}
     for name, m, r, stage in listed.values():
-        now, then = scores([r]), scores([base])
-        mean = lambda kind: interval(*losses(kind, now, then, r.beta))[0]
-        loss = mean("dpo") if r.objective == "dpo" else ""
+        NLL, loss = (measured([r], base, kind=kind)[0] for kind in ("sft", r.objective))
         harmful, benign = refusals(r) if number(name) == TALK else ("", "")
         yield dict(stage=stage, method=m, objective=r.objective, size=number(name), rate=r.lr, seed=r.seed,
-                   validation=validation(r, base), NLL=mean("sft"), dpo_loss=loss,
+                   validation=validation(r, base), NLL=NLL,
+                   dpo_loss=loss if r.objective == "dpo" else "",
                    refused_harmful=harmful, refused_benign=benign)
 
 def report(args, base, cells):
@@ -237,17 +238,22 @@ def main():
     write_data(args)
     # runs keep freed memory: to page in the logits' again took a third of scoring's time
     os.environ |= dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2 ** 34))
-    base = runs_of(args, f"sft-{TALK}")["base"][0, 0]
+    plain, best = (f"{word}-{TALK}" for word in ("sft", "best"))
+    base = runs_of(args, plain)["base"][0, 0]
     base.out, base.text = base.shared, args.text
     base.data = str(args.out / f"data-dpo-{max(map(number, CELLS))}")  # SAEs are fitted on most dialogues
-    study.do(1, [base])
-    cells = {}
-    for name in (c for c in CELLS if c in args.only):
-        if name.startswith("best"):
-            data.need(f"sft-{TALK}" in cells, f"--only: {name} starts from sft-{TALK}")
-            cells[name] = do_best(args, base, cells[f"sft-{TALK}"])
-        else:
-            cells[name] = do_cell(args, base, runs_of(args, name))
+    study.each(1, study.run, [base], "base")
+    tasks = {(cell, m): (do_method, base, runs) for cell in CELLS if cell in args.only and cell != best
+             for m, runs in runs_of(args, cell).items() if m != "base"}
+    if best in args.only:
+        data.need(plain in args.only, f"--only: {best} starts from {plain}")
+        tasks[plain, "sails"] = do_best, args, base
+    done = dict(zip(tasks, study.each(args.jobs, study.call, tasks.values(), "methods")))
+    if best in args.only:
+        ours = done[plain, "sails"]
+        done[plain, "sails"] = ours["sails"]
+        done |= {(best, m): it for m, it in (ours | dict(lora=done[plain, "lora"])).items()}
+    cells = {c: {m: it for (cell, m), it in done.items() if cell == c} for c in CELLS if c in args.only}
     if args.again:
         runs = [r for cell in cells.values() for it in cell.values() for r in (*it.runs, *it.grid)]
         return study.again(args.jobs, study.ordered(runs), args.again)

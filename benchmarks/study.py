@@ -36,14 +36,18 @@ def ordered(runs):
     """Different runs; those that share model and data are neighbours, so these load once."""
     return sorted({r.out: r for r in runs}.values(), key=lambda r: (r.model, r.data, r.out))
 
-def do(jobs, runs):
-    """Do those runs that are not finished yet. A run changes its settings, so it gets a copy."""
-    each(jobs, train.quiet_run, [SimpleNamespace(**vars(r)) for r in runs], "runs")
+def run(r):
+    """Do a run if it is not finished; it changes its settings, so it gets a copy."""
+    train.quiet_run(SimpleNamespace(**vars(r)))
+
+def call(task):
+    """What the task (function, *args) gives, without its words."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return task[0](*task[1:])
 
 def each(jobs, function, items, name):
-    """Call it for each of the items, `jobs` at a time in processes, with a bar of this name."""
-    for _ in data.progress(train.each(jobs, function, items), total=len(items), desc=name, disable=None):
-        pass
+    """[function(item)], `jobs` items at a time in processes, with a bar of this name."""
+    return list(data.progress(train.each(jobs, function, items), total=len(items), desc=name, disable=None))
 
 def again(jobs, runs, count):
     """Repeat `count` finished runs, drawn at random, elsewhere; 0 if all numbers are the same, else 1."""
@@ -52,7 +56,7 @@ def again(jobs, runs, count):
     with tempfile.TemporaryDirectory() as folder:
         copies = [SimpleNamespace(**vars(r) | dict(out=f"{folder}/{i}", resume=False))
                   for i, r in enumerate(drawn)]
-        do(jobs, copies)
+        each(jobs, run, copies, "runs")
         for pair in zip(drawn, copies):
             old, new = (data.read_json(Path(r.out) / "results.json") for r in pair)
             changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))

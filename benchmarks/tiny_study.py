@@ -251,11 +251,11 @@ def main():
     every = study.ordered(r for of in runs.values() for r in of.flat)
     if args.again:
         return study.again(args.jobs, every, args.again)
-    study.do(args.jobs, every)
+    study.each(args.jobs, study.run, every, "runs")
     study.each(args.jobs, costs, [r for arm in ("sails", *OTHERS) for r in runs[arm].flat], "costs")
     arms = {arm: study.read(of, row_of) for arm, of in runs.items()}
     looked = {arm: watched(args, arm, arms[arm]) for arm in ("sails", *OTHERS)}
-    study.do(args.jobs, study.ordered(r for of in looked.values() for r in of.flat))
+    study.each(args.jobs, study.run, study.ordered(r for of in looked.values() for r in of.flat), "runs")
     steps = {arm: study.read(of, steps_to_safety) for arm, of in looked.items()}
     study.write_files(args.results or args.out, report(args, arms, steps))
 
