@@ -22,58 +22,55 @@ import data
 import train
 
 # ---- runs ----
-def combine(argv, folder):
-    """{method: its runs (seeds, rates)}, "base" among them, of a command line of train.py; prints nothing."""
-    listed = lambda word: ",".join(f"{x:g}" for x in word) if isinstance(word, (list, tuple)) else str(word)
-    s = train.settings([*map(listed, argv)])
-    with contextlib.redirect_stdout(io.StringIO()):
-        train.choose_sources(s)
-    runs = train.combinations(s, Path(folder))
-    grid = lambda method: np.array([r for r in runs if r.method == method]).reshape(len(s.seed), -1)
-    return {method: grid(method) for method in ("base", *s.method)}
-
-def ordered(runs):
-    """Different runs; those that share model and data are neighbours, so these load once."""
-    return sorted({r.out: r for r in runs}.values(), key=lambda r: (r.model, r.data, r.out))
-
-def run(r):
-    """Do a run if it is not finished; it changes its settings, so it gets a copy."""
-    train.quiet_run(SimpleNamespace(**vars(r)))
-
 def call(task):
     """What the task (function, *args) gives, without its words."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return task[0](*task[1:])
 
+def combine(argv, folder):
+    """{method: its runs (seeds, rates)}, "base" among them, of a command line of train.py."""
+    listed = lambda word: ",".join(f"{x:g}" for x in word) if isinstance(word, (list, tuple)) else str(word)
+    s = train.settings([*map(listed, argv)])
+    call((train.choose_sources, s))
+    runs = train.combinations(s, Path(folder))
+    grid = lambda method: np.array([r for r in runs if r.method == method]).reshape(len(s.seed), -1)
+    return {method: grid(method) for method in ("base", *s.method)}
+
+def ordered(arms):
+    """Different runs of {arm: runs}; those that share model and data are neighbours, so these load once."""
+    runs = {r.out: r for of in arms.values() for r in of.flat}
+    return sorted(runs.values(), key=lambda r: (r.model, r.data, r.out))
+
+def run(r):
+    """Do a run if it is not finished; it changes its settings, so it gets a copy."""
+    train.quiet_run(SimpleNamespace(**vars(r)))
+
 def each(jobs, function, items, name):
     """[function(item)], `jobs` items at a time in processes, with a bar of this name."""
     return list(data.progress(train.each(jobs, function, items), total=len(items), desc=name, disable=None))
 
-def again(jobs, runs, count):
-    """Repeat `count` finished runs, drawn at random, elsewhere; 0 if all numbers are the same, else 1."""
-    finished, differ = [r for r in runs if (Path(r.out) / "results.json").exists()], 0
-    drawn = random.Random(0).sample(finished, min(count, len(finished)))
+def repeat(r):
+    """A sentence on a finished run done again elsewhere: are all its numbers the same?"""
     with tempfile.TemporaryDirectory() as folder:
-        copies = [SimpleNamespace(**vars(r) | dict(out=f"{folder}/{i}", resume=False))
-                  for i, r in enumerate(drawn)]
-        each(jobs, run, copies, "runs")
-        for pair in zip(drawn, copies):
-            old, new = (data.read_json(Path(r.out) / "results.json") for r in pair)
-            changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-            said = f"differs in {', '.join(changed)}" if changed else "reproduced exactly"
-            print(f"{pair[0].out}: {said}")
-            differ += bool(changed)
-    return min(differ, 1)
+        run(SimpleNamespace(**vars(r) | dict(out=f"{folder}/again", resume=False)))
+        old, new = (data.read_json(Path(home) / "results.json") for home in (r.out, f"{folder}/again"))
+    changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    return f"{r.out}: differs in {', '.join(changed)}" if changed else f"{r.out}: reproduced exactly"
 
-def command(script):
-    """The command line that is running, for the head of a report."""
-    return f"`{shlex.join(['python', f'benchmarks/{script}', *sys.argv[1:]])}`"
+def again(jobs, runs, count):
+    """Repeat `count` finished runs, drawn at random; 0 if all numbers are the same, else 1."""
+    finished = [r for r in runs if (Path(r.out) / "results.json").exists()]
+    said = each(jobs, repeat, random.Random(0).sample(finished, min(count, len(finished))), "runs")
+    print("\n".join(said))
+    return int(any("differs" in line for line in said))
 
-def write_files(folder, files):
-    """Write files {name: text} and print where they are."""
-    for name, text in files.items():
-        data.write_text(folder / name, text)
-    print(f"saved in {folder}: {', '.join(files)}")
+def write_report(args, name, title, lines, files):
+    """Write NAME.md, these lines under a head, and other files {name: text}; print where they are."""
+    command = shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])
+    folder, text = args.results or args.out, "\n".join([f"# {title}", "", f"`{command}`", "", *lines])
+    for file, content in ({f"{name}.md": text} | files).items():
+        data.write_text(folder / file, content)
+    print(f"saved in {folder}: {name}.md, {', '.join(files)}")
 
 def csv_text(rows):
     """Dicts of the same keys as CSV; numbers to 12 decimals, so a test's ties are kept."""
@@ -83,7 +80,7 @@ def csv_text(rows):
     table.writerows({k: round(x, 12) if isinstance(x, float) else x for k, x in row.items()} for row in rows)
     return out.getvalue()
 
-# ---- numbers of runs: an arm is {column: (bases, seeds, rates)}, a choice the index of a rate (bases,) ----
+# ---- numbers of runs: an arm is {column: (bases, seeds, rates)}, a rule gives a rate's index (bases,) ----
 def read(runs, row):
     """The arm of runs (bases, seeds, rates), objects, whose numbers row(run) gives; None becomes nan."""
     rows = [row(run) for run in runs.flat]
@@ -98,21 +95,22 @@ def tuned(arm):
     """As train.py chooses: validation balance, then validation NLL."""
     return best(arm["validation balance"], -arm["validation NLL"])
 
-def at(arm, column, choice):
-    """(bases,): means over seeds of a column at the chosen rates."""
-    return arm[column].mean(1)[range(len(choice)), choice]
+def at(arm, column, rule=tuned):
+    """(bases,): means over seeds of a column at the rates that the rule chooses."""
+    return arm[column].mean(1)[range(len(arm[column])), rule(arm)]
 
-def rate_counts(arm, choice):
+def rate_counts(arm, rule):
     """How many bases got which rate, as text; "edge" if most are at an end of the grid."""
-    last = arm["rate"].shape[2] - 1
+    last, choice = arm["rate"].shape[2] - 1, rule(arm)
     edge = " (edge)" if last and 2 * np.isin(choice, (0, last)).sum() > len(choice) else ""
-    return ", ".join(f"{lr:g} x{n}" for lr, n in sorted(Counter(at(arm, "rate", choice)).items())) + edge
+    return ", ".join(f"{lr:g} x{n}" for lr, n in sorted(Counter(at(arm, "rate", rule)).items())) + edge
 
-def base_rows(arm, bases):
-    """A dict a base and rate: the means over seeds of every column."""
-    for b, i in np.ndindex(len(bases), arm["rate"].shape[2]):
-        means = {c: float(x[b, :, i].mean()) for c, x in arm.items()}
-        yield dict(rate=means["rate"], base=bases[b], seeds=arm["rate"].shape[1]) | means
+def base_rows(arms, bases):
+    """A dict an arm, base and rate of {arm: its numbers}: the means over seeds of every column."""
+    for name, arm in arms.items():
+        for b, i in np.ndindex(len(bases), arm["rate"].shape[2]):
+            means = {c: float(x[b, :, i].mean()) for c, x in arm.items()}
+            yield dict(arm=name, rate=means["rate"], base=bases[b], seeds=arm["rate"].shape[1]) | means
 
 # ---- tests: gaps (n,) of independent bases ----
 def flip_p(gaps):
@@ -129,11 +127,10 @@ def holm(ps):
         out[key] = least
     return out
 
-def verdicts(leads, matters, form, missing=0):
+def verdicts(leads, matters, form):
     """{comparison: row of a table} from {comparison: (lead, half-width, p)}, one family of tests.
-    matters: {comparison: the smallest lead that matters}. missing: tests that were not run count as p = 1.
-    refuted: what would matter lies above the interval. confirmed: adjusted p below .05, the lead positive."""
-    adjusted, rows = holm({key: p for key, (_, _, p) in leads.items()} | {n: 1. for n in range(missing)}), {}
+    confirmed: adjusted p below .05, the lead positive; refuted: the least that `matters` is above it all."""
+    adjusted, rows = holm({key: p for key, (_, _, p) in leads.items()}), {}
     for key, (lead, half, p) in leads.items():
         verdict = "confirmed" if adjusted[key] < .05 and lead > 0 else "undecided"
         if lead + half < matters[key]:

@@ -8,9 +8,7 @@ A base is a world: language, model, SAEs. A seed draws topics, pairs and batch o
 settings of `python train.py`, all seven projections, and what their arm changes.
 """
 import contextlib
-import io
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -23,12 +21,11 @@ import data
 import eval as evaluation
 import lora
 import model_gemma
-import sae as sae_module
 import sails
 import train
 from benchmarks import study, tiny_world
 from benchmarks.pictures import svg_lines, svg_sheet
-from benchmarks.study import at, rate_counts, tuned
+from benchmarks.study import at, tuned
 
 LAYER, WRONG_LAYER = 2, 0  # where SAILS reads an SAE, and where harm is not yet formed
 LOW = 1e-3  # the rate of the exploratory study's lead
@@ -52,62 +49,29 @@ TABLES = {
 ARMS = {arm: options for table in TABLES.values() for arm, options in table.items()}
 MATTERS = {"H2": 5., "H3": .5}  # from where on a gap matters: steps of 80; points, of the others 1
 
-def variant(args, arm, options, rates=None, bases=None):
-    """Settings of an arm's runs (bases, seeds, rates), at every rate of its grid or at these."""
+def variant(args, arm, options, rates=None):
+    """Settings of an arm's runs (bases, seeds, rates), at every rate of its grid or at each base's own."""
     full, out = "--method full" in options, []
     where = [] if full else ["--targets", "q,k,v,o,gate,up,down"]
-    for base in bases or args.bases:
+    for i, base in enumerate(args.bases):
         home = args.out / f"world-{base}"
         argv = ["--model", home, *(word.replace(str(train.WORLD), str(home)) for word in train.TINY), *where,
                 "--device", "cpu", "--watch", 0, "--steps", args.steps,
                 *(word.format(home=home, seed="{seed}") for word in options.split()),
-                "--lr", rates or (FULL_RATES if full else RATES), "--seed", args.seeds]
+                "--lr", rates[i] if rates else FULL_RATES if full else RATES, "--seed", args.seeds]
         _, runs = study.combine(argv, args.out / f"base-{base}" / re.sub(r"\W+", "-", arm)).values()
         out.append(runs)
         for r in runs.flat:
-            r.contrast_data = (r.contrast_data or "").replace("{seed}", str(r.seed)) or None
+            r.contrast_data = r.contrast_data and r.contrast_data.replace("{seed}", str(r.seed))
     return np.array(out)
 
-def watched(args, arm, found):
-    """Runs (bases, seeds, 1) of an arm at tuned rates, watched on unseen topics."""
-    options, rates = ARMS[arm] + " --data {home}/unseen-{seed} --watch 2", at(found, "rate", tuned(found))
-    return np.concatenate([variant(args, f"steps {arm}", options, [lr], [base])
-                           for base, lr in zip(args.bases, rates)])
-
-# ---- the worlds ----
 def make_base(task):
-    """Write world number `base` into `home`, SAEs, data folders and its harm; what is there is kept."""
+    """Write a world (its folder, number, seeds), with all that the arms read; what is there is kept."""
     home, base, seeds = task
-    with contextlib.redirect_stdout(io.StringIO()):
-        tiny_world.make_world(home, base, seeds, (WRONG_LAYER, LAYER))
-    for seed in seeds:
-        if not (home / f"shuffled-{seed}.jsonl").exists():
-            write_variants(home, base, seed)
-    if not (home / "harm.json").exists():
-        harm = tiny_world.harm_direction(home, LAYER)[None]  # (1, D)
-        oracle = [harm.T.clone(), harm, torch.zeros(1), torch.zeros(harm.shape[1]), torch.zeros(1)]
-        sae_module.save_sae(sae_module.JumpReLUSAE(*oracle), home / "oracle", LAYER, 1)
-        data.write_json(home / "harm.json", harm[0].tolist())
+    study.call((tiny_world.make_world, home, base, seeds, (WRONG_LAYER, LAYER)))
+    tiny_world.make_controls(home, seeds, LAYER, SIZES)
 
-def write_variants(home, base, seed):
-    """A seed's data with fewer pairs, with unseen requests to watch; its labels shuffled, last."""
-    split, rng = home / f"data-{seed}", np.random.default_rng([base, seed])
-    pairs, asked = ([row for _, row in data.read_rows(split / f"{name}.jsonl")]
-                    for name in ("train", "prompts"))
-    of = {label: [r for r in pairs if r["label"] == label] for label in ("harmful", "benign")}
-    for n in SIZES:
-        few = [r for some in of.values() for r in some[:n // 2]]
-        changed(split, home / f"pairs-{n}-{seed}", "train", few)
-    one_each = {r["id"].split("-")[2]: r for r in rng.permutation(asked) if r["set"] == "unseen"}
-    changed(split, home / f"unseen-{seed}", "validate", one_each.values())  # a request an object
-    labels = rng.permutation([r["label"] for r in pairs])
-    data.write_rows(home / f"shuffled-{seed}.jsonl", [r | dict(label=str(x)) for r, x in zip(pairs, labels)])
-
-def changed(old, new, part, rows):
-    """A data folder as another, but for one part."""
-    shutil.copytree(old, new, dirs_exist_ok=True)
-    data.write_rows(new / f"{part}.jsonl", rows)
-
+# ---- what train.py does not measure ----
 def harm_inside(run):
     """Share of the harm direction inside a run's start, 0 to 1; None without a subspace."""
     path = Path(run.out) / "subspace.safetensors"
@@ -118,15 +82,13 @@ def harm_inside(run):
     [V] = (x for key, x in load_file(path).items() if key.startswith("V."))
     return sails.captured(lora.fit_to_rank(V, run.r, filler), harm[:, None])
 
-# ---- what train.py does not measure ----
 @torch.no_grad()
 def costs(run):
     """Facts, commentary and KL on neutral text of a finished run, kept in its folder."""
     path, split = Path(run.out) / "costs.json", Path(run.data)
     if path.exists():
         return
-    with contextlib.redirect_stdout(io.StringIO()):
-        sets = train.kept_sets(run)
+    sets = study.call((train.kept_sets, run))
     base = train.keep("base", run.model, lambda: model_gemma.load_gemma(run.model))
     model = model_gemma.load_gemma(run.out if run.method == "full" else run.model)
     if run.method != "full":
@@ -168,8 +130,7 @@ def lowest(arm):
 # ---- the report: arms are {name: arm} ----
 def lead(arms, ours, theirs, column="balance", rule=tuned, unit=100):
     """(bases,): an arm's numbers less another's, by default in points."""
-    mine, other = (at(arms[name], column, rule(arms[name])) for name in (ours, theirs))
-    return unit * (mine - other)
+    return unit * (at(arms[ours], column, rule) - at(arms[theirs], column, rule))
 
 def leads(arms, steps):
     """{comparison: (bases,)} of all hypotheses."""
@@ -182,56 +143,50 @@ def leads(arms, steps):
     out["H5 trainable ahead of frozen"] = lead(arms, "sails", "frozen")
     return out | {"H6 t ahead of |Delta|": lead(arms, "t", "sails")}
 
-def arm_table(arms, names, rule, columns, beside=True):
-    """Markdown lines: a row an arm at the rule's rates; beside: and its lead over SAILS in balance."""
+def arm_table(title, arms, names, rule, columns):
+    """Markdown lines: a row an arm at the rule's rates; with balance also its lead over SAILS."""
     table = {}
     for name in names:
-        arm, choice = arms[name], rule(arms[name])
-        table[name] = {c: data.t_interval(at(arm, c, choice)) for c in columns if not np.isnan(arm[c]).all()}
-        if beside:
+        arm = arms[name]
+        table[name] = {c: data.t_interval(at(arm, c, rule)) for c in columns if not np.isnan(arm[c]).all()}
+        if "balance" in columns:
             gap = data.t_interval(lead(arms, name, "sails", rule=rule))
             table[name]["balance less SAILS's"] = "{:+.1f} ± {:.1f}".format(*gap)
-        table[name]["rates of bases"] = rate_counts(arm, choice)
-    return [*evaluation.markdown("arm", table), ""]
+        table[name]["rates of bases"] = study.rate_counts(arm, rule)
+    return [title, "", *evaluation.markdown("arm", table), ""]
 
 def figure(arms):
     """SVG: SAILS's lead over LoRA against the share of the harm direction in its start, a dot a base."""
     pictures = []
     for name, rule in {"tuned": tuned, f"at {LOW:g}": lowest}.items():
-        x, y = at(arms["sails"], "harm inside", rule(arms["sails"])), lead(arms, "sails", "lora", rule=rule)
+        x, y = at(arms["sails"], "harm inside", rule), lead(arms, "sails", "lora", rule=rule)
         r = np.corrcoef(x, y)[0, 1] if len(x) > 2 else float("nan")
         pictures.append(svg_lines({name: list(zip(x, y))}, f"Lead over LoRA, points of balance, {name}",
                                   f"share of harm in the start (r = {r:.2f})", scatter=True))
     return svg_sheet(pictures)
 
 def report(args, arms, steps):
-    """{file: text} of the report, its CSVs and figure."""
+    """Write the report, its CSVs and figure."""
     found, count = leads(arms, steps), lambda of: sum(arm["rate"].size for arm in of.values())
     tested = {key: (*data.t_interval(x), study.flip_p(x)) for key, x in found.items()}
     verdicts = study.verdicts(tested, {key: MATTERS.get(key[:2], 1.) for key in found}, "+.2f")
-    lines = ["# The tiny world: six hypotheses", "", study.command("tiny_study.py"), "",
-             f"Bases {args.bases}, seeds {args.seeds}; {count(arms)} runs and {count(steps)} watched ones. "
+    lines = [f"Bases {args.bases}, seeds {args.seeds}; {count(arms)} runs and {count(steps)} watched ones. "
              "The plan, with the rules, is plan.md.",
              "±: 95 % t-interval over bases' means. p: exact sign-flip test. Leads: points; of H2 steps.", "",
              "## Verdicts", "", *evaluation.markdown("comparison", verdicts), ""]
     for title, table in TABLES.items():
-        lines += [f"## {title}", "",
-                  *arm_table(arms, table, tuned, (*COLUMNS, "harm inside"), "Few" not in title)]
-    lines += [f"At {LOW:g}:", "", *arm_table(arms, ("sails", "lora", "random", *table), lowest, COLUMNS),
-              "## Steps to safety, tuned (H2)", "",
-              *arm_table(steps, steps, lowest, ("steps", "never"), False),
-              "## At equal safety (H4)", "",
-              *arm_table(arms, steps, equal_safety, ("balance", "knowledge", *COSTS), False),
-              "## Every rate", "", *evaluation.markdown("balance at rate", {
-                  name: {str(i): x for i, x in enumerate(arm["balance"].mean((0, 1)).tolist(), 1)}
-                  for name, arm in arms.items()}), "",
-              "## Not in the plan: of equal validation balances the lowest rate", "",
-              *arm_table(arms, arms, cautious, COLUMNS)]
-    rows = [dict(arm=name, **row) for name, arm in arms.items() for row in study.base_rows(arm, args.bases)]
-    of_bases = [dict(base=b, **{key: float(x[i]) for key, x in found.items()})
-                for i, b in enumerate(args.bases)]
-    return {"tiny_study.md": "\n".join(lines), "tiny_study.csv": study.csv_text(rows),
-            "tiny_gaps.csv": study.csv_text(of_bases), "lead.svg": figure(arms)}
+        lines += arm_table(f"## {title}", arms, table, tuned, (*COLUMNS, "harm inside"))
+    controls = "sails", "lora", "random", *TABLES["Controls"]
+    lines += arm_table(f"At {LOW:g}:", arms, controls, lowest, COLUMNS)
+    every = {name: dict(zip("1234", arm["balance"].mean((0, 1)).tolist())) for name, arm in arms.items()}
+    lines += arm_table("## Steps to safety, tuned (H2)", steps, steps, lowest, ("steps", "never"))
+    lines += arm_table("## Equal safety (H4)", arms, steps, equal_safety, (*COLUMNS, *COSTS))
+    lines += ["## Every rate", "", *evaluation.markdown("balance at rate", every), ""]
+    lines += arm_table("## Not in the plan: the lowest of equal rates", arms, arms, cautious, COLUMNS)
+    gaps = [{"base": b} | {k: float(x[i]) for k, x in found.items()} for i, b in enumerate(args.bases)]
+    study.write_report(args, "tiny_study", "The tiny world: six hypotheses", lines, {
+        "tiny_study.csv": study.csv_text(list(study.base_rows(arms, args.bases))),
+        "tiny_gaps.csv": study.csv_text(gaps), "lead.svg": figure(arms)})
 
 def main():
     ap = data.Arguments(description=__doc__.splitlines()[0])
@@ -245,19 +200,19 @@ def main():
     a("--again", type=data.at_least(1), metavar="N", help="repeat N finished runs and compare")
     args = ap.parse_args()
     torch.set_num_threads(1)  # as in the processes of --jobs: numbers depend on it
-    worlds = [(args.out / f"world-{base}", base, args.seeds) for base in args.bases]
-    study.each(args.jobs, make_base, worlds, "worlds")
+    homes = [(args.out / f"world-{base}", base, args.seeds) for base in args.bases]
+    study.each(args.jobs, make_base, homes, "worlds")
     runs = {arm: variant(args, arm, options) for arm, options in ARMS.items()}
-    every = study.ordered(r for of in runs.values() for r in of.flat)
     if args.again:
-        return study.again(args.jobs, every, args.again)
-    study.each(args.jobs, study.run, every, "runs")
+        return study.again(args.jobs, study.ordered(runs), args.again)
+    study.each(args.jobs, study.run, study.ordered(runs), "runs")
     study.each(args.jobs, costs, [r for arm in ("sails", *OTHERS) for r in runs[arm].flat], "costs")
     arms = {arm: study.read(of, row_of) for arm, of in runs.items()}
-    looked = {arm: watched(args, arm, arms[arm]) for arm in ("sails", *OTHERS)}
-    study.each(args.jobs, study.run, study.ordered(r for of in looked.values() for r in of.flat), "runs")
-    steps = {arm: study.read(of, steps_to_safety) for arm, of in looked.items()}
-    study.write_files(args.results or args.out, report(args, arms, steps))
+    more = " --data {home}/unseen-{seed} --watch 2"  # their rates are looked at on unseen topics
+    looked = {arm: variant(args, f"steps {arm}", ARMS[arm] + more, [[lr] for lr in at(arms[arm], "rate")])
+              for arm in ("sails", *OTHERS)}
+    study.each(args.jobs, study.run, study.ordered(looked), "watched")
+    report(args, arms, {arm: study.read(of, steps_to_safety) for arm, of in looked.items()})
 
 if __name__ == "__main__":
     data.run_main(main)

@@ -4,6 +4,7 @@ make_world writes a model folder (config, weights, tokenizer, SAEs) and data fol
 ones: nothing else knows that the world is tiny. It has what no real data has: it is known which requests are
 harmful, and harm is independent of topic.
 """
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -172,6 +173,39 @@ def make_world(folder, world_seed=0, seeds=(0,), layers=(2,)):
     print(f"A Gemma of {made['parameters']:,} parameters, pre-trained on it, answers everything. Its SAE of")
     print(f"256 features explains {q['fve']:.0%} of the variance with {q['l0']:.1f} features a word.")
     print("It is aligned on 64 requests in 4 topics and scored on the 8 others.")
+
+def make_controls(folder, seeds, layer, sizes):
+    """Beside a world what controls need, so that each is a command of train.py; what is there is kept.
+    oracle/, harm.json   an SAE of one feature, the harm direction after this layer; the direction (D,)
+    pairs-N-SEED/        a seed's data with N training pairs, half of them harmful, for N of `sizes`
+    unseen-SEED/         its data, validation asking for unseen objects once each
+    shuffled-SEED.jsonl  its training pairs, labels shuffled"""
+    folder = Path(folder)
+    for seed in seeds:
+        if not (folder / f"shuffled-{seed}.jsonl").exists():
+            write_controls(folder, seed, sizes)
+    if not (folder / "harm.json").exists():
+        harm = harm_direction(folder, layer)[None]  # (1, D)
+        oracle = [harm.T.clone(), harm, torch.zeros(1), torch.zeros(harm.shape[1]), torch.zeros(1)]
+        sae_module.save_sae(sae_module.JumpReLUSAE(*oracle), folder / "oracle", layer, 1)
+        data.write_json(folder / "harm.json", harm[0].tolist())
+
+def write_controls(folder, seed, sizes):
+    """A seed's data as make_controls describes it; the labels last."""
+    base = data.read_json(folder / "world.json")["seed"]
+    split, rng = folder / f"data-{seed}", np.random.default_rng([base, seed])
+    pairs, asked = ([row for _, row in data.read_rows(split / f"{name}.jsonl")]
+                    for name in ("train", "prompts"))
+    of = {label: [r for r in pairs if r["label"] == label] for label in ("harmful", "benign")}
+    new = {f"pairs-{n}": ("train", [r for some in of.values() for r in some[:n // 2]]) for n in sizes}
+    one_each = {r["id"].split("-")[2]: r for r in rng.permutation(asked) if r["set"] == "unseen"}
+    new["unseen"] = "validate", one_each.values()
+    for name, (part, rows) in new.items():  # as data, but for one part
+        shutil.copytree(split, folder / f"{name}-{seed}", dirs_exist_ok=True)
+        data.write_rows(folder / f"{name}-{seed}" / f"{part}.jsonl", rows)
+    labels = rng.permutation([r["label"] for r in pairs])
+    shuffled = [r | dict(label=str(x)) for r, x in zip(pairs, labels)]
+    data.write_rows(folder / f"shuffled-{seed}.jsonl", shuffled)
 
 def write_model(world, folder, world_seed, layers):
     """The pre-trained model and its SAEs; world.json comes last, when all is there."""

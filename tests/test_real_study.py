@@ -22,15 +22,15 @@ def test_losses_are_the_nll_of_chosen_and_dpos():
     x, weight = real_study.losses("dpo", now, then, .5)
     assert x[0, 0] == pytest.approx(np.log1p(np.exp(-.5 * (1 + 3)))) and weight.tolist() == [1]
 
-def test_verdicts_hold_for_the_planned_family_of_which_missing_tests_count():
-    half = lambda gap, p: abs(gap) * 1.96 / float(torch.special.ndtri(torch.tensor(1 - p / 2)))
-    found = {word: (gap, half(gap, p)) for word, gap, p in (
-        ("confirmed", .03, .001), ("undecided", .03, .01), ("refuted", .004, .0004))}
-    rows = [[x.strip() for x in line.split("|")] for line in real_study.verdicts_table(found)[2:5]]
-    assert [row[-2] for row in rows] == list(found)
-    family = 4 * (len(real_study.CELLS) - 1) + 3
-    assert [float(row[5]) for row in rows] == pytest.approx(
-        [.001 * (family - 1), .01 * (family - 2), .0004 * family], rel=.02)
+def test_a_lead_has_the_p_of_a_normal_mean_with_the_intervals_width(monkeypatch):
+    gaps = np.random.default_rng(0).normal(.02, .1, 400)
+    replies = lambda runs: np.stack([np.array([-gaps * (runs == ["lora"]), np.ones(400), gaps, gaps]).T])
+    for name, x in dict(scores=replies, FEW_MANY=()).items():
+        monkeypatch.setattr(real_study, name, x)
+    done = {("sft-60", m): real_study.SimpleNamespace(runs=[m]) for m in ("sails", "lora")}
+    [(lead, half, p)] = real_study.comparisons(done, real_study.SimpleNamespace(beta=.1)).values()
+    assert lead == pytest.approx(gaps.mean()) and half == pytest.approx(1.96 * gaps.std(ddof=1) / 20)
+    assert p == pytest.approx(2 - 2 * float(torch.special.ndtr(torch.tensor(1.96 * lead / half))), abs=1e-6)
 
 def test_derived_saes_choose_the_same_features_and_have_other_rows():
     sae, x, mean = random_sae(), torch.linspace(-2, 2, 72).view(3, 24), torch.linspace(-1, 2, 24)
@@ -45,13 +45,13 @@ def test_derived_saes_choose_the_same_features_and_have_other_rows():
 
 @pytest.mark.slow
 def test_the_real_study_reports_what_its_folders_hold_and_repeats_runs(home, tmp_path, monkeypatch):
-    small = dict(CELLS=["sft-12", "sft-6", "best-12", "dpo-12", "dpo-6"], TALK=12, ASKED=6, SEEDS=(0, 1),
-                 RATES=(.01, .02), METHODS=("sails", "lora", "raw-pca"), LONGEST=40,
-                 PARTS=dict(test=12, validate=8, train=12))
+    small = dict(CELLS=["sft-12", "sft-6", "dpo-12"], FEW_MANY=[("sft-6", "sft-12")], ASKED=6, SEEDS=(0, 1),
+                 PLAIN="sft-12", BEST="best-12", RATES=(.01, .02), METHODS=("sails", "lora", "raw-pca"),
+                 TALK=12, LONGEST=40, PARTS=dict(test=12, validate=8, train=12))
     for name, value in small.items():
         monkeypatch.setattr(real_study, name, value)
     words = (f"--model {home.model} --data {home.data} --out {tmp_path} --jobs 1 --steps 2 --max-new 2 "
-             "--layers 1 --k 4 --fit-width 48 --fit-steps 5 --only sft-12,best-12,dpo-12,sft-6").split()
+             "--layers 1 --k 4 --fit-width 48 --fit-steps 5").split()
     assert go(words, real_study.main)[0] == 0
     read = lambda kind, n, part: data.read_rows(tmp_path / f"data-{kind}-{n}" / f"{part}.jsonl")
     assert read("sft", 6, "train") == read("dpo", 12, "train")[:6] and len(read("sft", 6, "train")) == 6
@@ -62,7 +62,7 @@ def test_the_real_study_reports_what_its_folders_hold_and_repeats_runs(home, tmp
         measured = data.read_json(run / "results.json")["NLL of chosen, nats per token"][0]
         assert float(nll) == pytest.approx(measured, abs=1e-6)
     report = (tmp_path / "real_study.md").read_text()
-    assert "Not done: dpo-6." in report and report.count("dpo-12: sails ahead of") == 2
+    assert report.count("sails ahead of") == 6 and "larger at sft-6 than at sft-12" in report
     assert "sails, mean" in report and len(list((tmp_path / "base").rglob("layer_1"))) == 1  # shared
     assert go([*words, "--again", "2"], real_study.main)[0] == 0
     monkeypatch.setattr("train.align", lambda *args: pytest.fail("a finished run was done again"))

@@ -44,12 +44,11 @@ def two_bases(shift):  # validation prefers the second rate in base 0, the first
 
 def test_rates_are_chosen_within_a_base_by_validation_and_the_csv_holds_every_rate():
     found = two_bases(.2)
-    choice = study.tuned(found)
-    assert study.at(found, "rate", choice).tolist() == [.003, .001]
-    assert study.at(found, "balance", choice) == pytest.approx([.705, .605])
-    assert study.rate_counts(found, choice) == "0.001 x1, 0.003 x1 (edge)"
-    table = study.csv_text(list(study.base_rows(found, [7, 8]))).splitlines()
-    assert len(table) == 5 and table[2] == "0.003,7,2,0.705,0.5,0.0"
+    assert study.at(found, "rate").tolist() == [.003, .001]
+    assert study.at(found, "balance") == pytest.approx([.705, .605])
+    assert study.rate_counts(found, study.tuned) == "0.001 x1, 0.003 x1 (edge)"
+    table = study.csv_text(list(study.base_rows(dict(it=found), [7, 8]))).splitlines()
+    assert len(table) == 5 and table[2] == "it,0.003,7,2,0.705,0.5,0.0"
 
 def test_leads_are_paired_by_base_in_points():
     arms = dict(a=two_bases(.2), b=two_bases(.1))

@@ -177,7 +177,7 @@ def compared(home, tmp_path_factory):
     more = "--method sails,random-features,lora,full --lr 1e-3,1e-2 --full-lr 1e-3,1e-2 --seed 0,1"
     with pytest.MonkeyPatch.context() as patch:
         for module, name in ((train, "load_sets"), (train, "load_saes"), (sails, "contrast_means"),
-                             (model_gemma, "load_gemma"), (train, "align")):
+                             (model_gemma, "load_gemma"), (train, "align"), (train.explain, "describe")):
             counted = lambda f, name, *a: counts.update([name]) or f(*a)
             patch.setattr(module, name, functools.partial(counted, getattr(module, name), name))
         assert go(command(home, out, more))[0] == 0
@@ -192,8 +192,8 @@ def test_a_comparison_makes_a_folder_a_run_and_what_runs_share_once(compared):
         rows = {p.parent.name: data.read_json(p) for p in out.glob(f"*/{file}")}
         rows = {name: r.get("settings", r) for name, r in rows.items()}
         assert {name: (r["method"], r["lr"], r["seed"]) for name, r in rows.items()} == want
-    # stage 1 is made once a seed; full moves the model, so that the next run loads it again
-    assert counts == dict(load_sets=1, load_saes=8, contrast_means=2, load_gemma=4, align=16)
+    # stage 1 is made once a seed, words once a choice; full moves the model: the next run loads it again
+    assert counts == dict(load_sets=1, load_saes=8, contrast_means=2, load_gemma=4, align=16, describe=4)
 
 def test_a_comparison_does_what_is_missing_and_reads_its_table_from_the_folders(compared, home, monkeypatch):
     (out, more, _), done, align = compared, [], train.align
