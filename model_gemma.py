@@ -379,9 +379,9 @@ class Gemma(nn.Module):
         return self.logits(self.hidden(ids, keep)[0])
 
 class _NLL(torch.autograd.Function):
-    """Head, cap and cross-entropy by chunks: 4 x 512 positions of a 256,000-word head are 2 GB.
+    """Head, cap, cross-entropy by chunks: 4 x 512 positions of a 256,000-word head are 2 GB.
     With a frozen head the gradient of h is made beside a chunk's logits; a trainable one
-    (tied) is worked out again in the backward pass."""
+    (tied) is worked out in the backward pass."""
     @staticmethod
     def forward(ctx, h, table, targets, cap, chunk):
         ctx.cap, ctx.chunk, ctx.head_trains = cap, chunk, table.requires_grad
@@ -398,16 +398,16 @@ class _NLL(torch.autograd.Function):
     @staticmethod
     def scored(h, table, targets, cap, slopes=True):
         """-log p (n,); with slopes its d / d head output, (softmax - onehot) (1 - (z / cap)^2), (n, V).
-        Slopes take the logits' memory, eight rows at a time: the cache holds what is fp32."""
-        z, nll = softcap_(F.linear(h, table), cap), []  # (n, V)
-        for part, target in zip(z.split(8), targets[:, None].split(8)):
+        Slopes take the logits' memory, 16 rows at a time: the cache holds what is fp32."""
+        z, logp = softcap_(F.linear(h, table), cap), []  # (n, V)
+        for part, target in zip(z.split(16), targets[:, None].split(16)):
             y = part.float()
             p = F.log_softmax(y, -1)
-            nll.append(-p.gather(1, target)[:, 0])
+            logp.append(p.gather(1, target))
             if slopes:
-                p.exp_().scatter_add_(1, target, -torch.ones_like(p[:, :1]))
+                p.exp_().scatter_(1, target, -1, reduce="add")
                 part.copy_(p if cap is None else p.addcmul_(p, y.square_(), value=-cap ** -2))
-        return torch.cat(nll), z
+        return -torch.cat(logp)[:, 0], z
 
     @staticmethod
     @once_differentiable
