@@ -106,12 +106,18 @@ def device(text):
     return text
 
 # ---- helpers: a process, its streams and its signals ----
+AGAIN = "the same command (a single run: with --resume) goes on"
+
 def run_main(main):
     """Run a script's main(): an error is one line and exit code 2, a signal says how to go on."""
     sys.stdout, sys.stderr, code = _Stream(sys.stdout), _Stream(sys.stderr), 2
     on_signals(interrupt)
     try:
-        code = main()
+        done = main()
+        if dist.is_initialized():
+            together()  # nobody finds another gone
+            dist.destroy_process_group()
+        code = done
     except (UserError, OSError, UnicodeError, MemoryError, RuntimeError) as e:
         why = " ".join(str(e).split())[:2000] or "out of memory"
         if dist.is_initialized() and (isinstance(e, dist.DistError) or re.search("gloo|Connection ", why)):
@@ -121,7 +127,7 @@ def run_main(main):
         last_word(f"error: {why}", code)
     except KeyboardInterrupt as e:
         code = 128 + (*e.args, signal.SIGINT)[0]
-        last_word("stopped; the same command (a single run: with --resume) goes on from what was saved", code)
+        last_word(f"stopped; {AGAIN} from what was saved", code)
     sys.exit(code)
 
 def note(line):
@@ -129,7 +135,7 @@ def note(line):
     print(line, file=sys.stderr)
 
 class _Stream:
-    """A standard stream: what no reader takes is dropped, control characters are spelt out."""
+    """A standard stream: what no reader takes is dropped, control characters spelt out."""
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")
         getattr(stream, "reconfigure", dict)(errors="backslashreplace")  # dict: a stream without it
@@ -162,7 +168,7 @@ def interrupt(number, frame):
 
 @contextlib.contextmanager
 def patience():
-    """Let signals wait while something is done step by step; yields the list of those that came."""
+    """Let signals wait while something is done; yields the list of those that came."""
     came = []
     before = on_signals(lambda number, frame: came.append(number))
     try:
@@ -179,7 +185,7 @@ def say(*lines):
         print(*lines, sep="\n")
 
 def follow_parent():
-    """End this process when its parent is gone: nobody waits for a killed command's worker."""
+    """End this process when its parent is gone: nobody waits for its work."""
     parent = parent_process()  # noted before this process began; the parent may have died since
     pid = parent.pid if parent else os.getppid()
 
@@ -190,12 +196,12 @@ def follow_parent():
     threading.Thread(target=watch, daemon=True).start()
 
 # ---- helpers: torchrun's processes, the ranks ----
-# All go through the same calls in the same order; what they print and write, rank 0 alone prints and writes
-GONE = "another process of this torchrun is gone; the same command (a single run: with --resume) goes on"
+# All go through the same calls in the same order; rank 0 alone prints and writes
+GONE = f"another process of this torchrun is gone; {AGAIN}"
 
 def join(device):
     """Become one of torchrun's ranks; this rank's device.
-    Rank 0 works alone now and then, so calls may wait for a day; a lost connection is an error at once."""
+    Rank 0 works alone at times, so calls may wait for a day; a lost connection is an error at once."""
     if device.startswith("cuda"):
         at, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         need(at < there, f"--nproc-per-node: more processes than GPUs, {there}")
@@ -207,13 +213,13 @@ def join(device):
     return device
 
 def last_word(line, code):
-    """Print why all ends, once for all ranks; a rank ends here, for others may never answer it."""
+    """Print why all ends, once for all ranks; a rank ends here: others may never answer."""
     told, env = 0, os.environ
     if "RANK" in env:
         on_signals(lambda number, frame: None)  # torchrun ends who is still here; the word comes first
     if dist.is_initialized():
         at, life = (env["MASTER_ADDR"], int(env["MASTER_PORT"])), env.get("TORCHELASTIC_RESTART_COUNT")
-        with contextlib.suppress(RuntimeError):  # torchrun's store may be gone with its machine
+        with contextlib.suppress(RuntimeError):  # torchrun's store may be gone
             told = dist.TCPStore(*at, is_master=False, timeout=timedelta(seconds=9)).add(f"said {life}", 1)
     elif env.get("RANK", "0") != "0":
         time.sleep(1)  # what rank 0 refuses too ends this process first
@@ -235,7 +241,7 @@ def together():
     gather(None)
 
 def gather(value):
-    """Every rank's value, in their order."""
+    """Every rank's value, in order."""
     values = [value] * ranks()[1]
     if len(values) > 1:
         dist.all_gather_object(values, value)

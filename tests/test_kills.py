@@ -67,7 +67,7 @@ class Launcher:
         args = self.arguments(stage, out, more)
         if stage == "two":
             process = start(args, out.parent, *by_two())
-            return process.pid, lambda: (process.communicate(timeout=100), process.returncode)[1]
+            return process.pid, lambda: (print(process.communicate(timeout=100)), process.returncode)[1]
         script, code = "eval" if stage == "replies" else "train", lambda: int(self.zygote.stdout.readline())
         print(json.dumps([script, str(out), *args]), file=self.zygote.stdin, flush=True)
         return code(), code
