@@ -116,7 +116,8 @@ def run_main(main):
         done = main()
         if dist.is_initialized():
             together()  # nobody finds another gone
-            dist.destroy_process_group()
+            sys.stdout.flush()
+            os._exit(done or 0)  # torch can abort a plain exit
         code = done
     except (UserError, OSError, UnicodeError, MemoryError, RuntimeError) as e:
         why = " ".join(str(e).split())[:2000] or "out of memory"
@@ -186,7 +187,7 @@ def say(*lines):
 
 def follow_parent():
     """End this process when its parent is gone: nobody waits for its work."""
-    parent = parent_process()  # noted before this process began; the parent may have died since
+    parent = parent_process()  # noted before this process began
     pid = parent.pid if parent else os.getppid()
 
     def watch():
@@ -201,7 +202,7 @@ GONE = f"another process of this torchrun is gone; {AGAIN}"
 
 def join(device):
     """Become one of torchrun's ranks; this rank's device.
-    Rank 0 works alone at times, so calls may wait for a day; a lost connection is an error at once."""
+    Calls may wait a day for rank 0's own work; a lost connection is an error at once."""
     if device.startswith("cuda"):
         at, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         need(at < there, f"--nproc-per-node: more processes than GPUs, {there}")
@@ -216,7 +217,7 @@ def last_word(line, code):
     """Print why all ends, once for all ranks; a rank ends here: others may never answer."""
     told, env = 0, os.environ
     if "RANK" in env:
-        on_signals(lambda number, frame: None)  # torchrun ends who is still here; the word comes first
+        on_signals(lambda number, frame: None)  # torchrun ends who is here; the word comes first
     if dist.is_initialized():
         at, life = (env["MASTER_ADDR"], int(env["MASTER_PORT"])), env.get("TORCHELASTIC_RESTART_COUNT")
         with contextlib.suppress(RuntimeError):  # torchrun's store may be gone
