@@ -116,7 +116,6 @@ def run_main(main):
         done = main()
         if dist.is_initialized():
             together()  # nobody finds another gone
-            sys.stdout.flush()
             os._exit(done or 0)  # torch can abort a plain exit
         code = done
     except (UserError, OSError, UnicodeError, MemoryError, RuntimeError) as e:
@@ -187,7 +186,7 @@ def say(*lines):
 
 def follow_parent():
     """End this process when its parent is gone: nobody waits for its work."""
-    parent = parent_process()  # noted before this process began
+    parent = parent_process()  # noted before this process began; it may be gone
     pid = parent.pid if parent else os.getppid()
 
     def watch():
