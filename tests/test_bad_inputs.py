@@ -235,7 +235,7 @@ def test_the_name_of_a_set_forges_no_row_of_the_table(place):
     code, said, err = run(COMMANDS["EVAL"])
     assert code == 2 and "set" in err or not re.search("^. forged", said, re.M)
 
-@pytest.mark.parametrize("command, words, damages", rows())
+@pytest.mark.parametrize("command, words, damages", [*rows()])
 def test_a_bad_input_ends_in_one_clear_line_and_changes_nothing(place, monkeypatch, command, words, damages):
     monkeypatch.setenv("OPENAI_API_KEY", "key")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
