@@ -280,7 +280,7 @@ def owned(folder, marker):
         except Exception:
             worth = [f for f in folder.rglob("*") if f.name in WORTH_KEEPING and f.stat().st_size]
             if not begun and not worth:
-                for path in [*sorted(folder.rglob("*"), reverse=True), *new]:  # what is inside comes first
+                for path in [*sorted(folder.rglob("*"), reverse=True), *new]:  # inner ones first
                     with contextlib.suppress(OSError):  # another run has begun in it
                         path.rmdir() if path.is_dir() else path.unlink()
             raise

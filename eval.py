@@ -49,7 +49,7 @@ def respond(model, tok, prompts, path, template, max_new=256, batch_size=16, tem
     rows = [done.pop(p["id"]) for p in prompts]  # set, label, what is expected: as the prompts now say
     rows = [r | dict(set=p["set"], label=p["label"], as_expected=_begins(r["reply"], p["expected"]))
             for r, p in zip(rows, prompts)]
-    data.write_rows(path, rows + list(done.values()))  # replies that are not asked for this time are kept
+    data.write_rows(path, rows + list(done.values()))  # what is not asked for this time is kept
     return rows
 
 def generated(model, ids, batches, max_new, stop, temperature=0.0, seed=0):

@@ -5,7 +5,7 @@ SAILS starts one factor in the safety subspace V (D, r), the other at 0: the ada
     q k v gate up   READ the residual stream (in = D):  A = V^T, B = 0
     o down          WRITE to it (out = D):              B = V,   A = 0
 Files are PEFT's: PEFT and vLLM load them as they are.   Letters: D d_model, r rank, r_s columns of a basis.
-Run it (`python lora.py RUN`) to see what an adapter holds; with --merge OUT to write the merged model.
+Run it (`python lora.py RUN`) to see what an adapter holds, with --merge OUT to merge it.
 """
 import contextlib
 import re
@@ -128,7 +128,7 @@ def init_sails(model, bases, seed=0, freeze=False, norm_aware=False, sides=("rea
             gain = 1 + getattr(model.layers[m.layer], model_gemma.NORMS[m.place]).weight.float()  # (D,)
             # where the norm all but shuts (1 to 3 % of Gemma 3 270M) 1 / gain would leave nothing else in V
             V = torch.where(gain.abs()[:, None] > .05 * gain.abs().median(), V / gain[:, None], 0.)
-            V = V * (m.r ** .5 / V.norm())  # the total size of V, so that step sizes stay comparable
+            V = V * (m.r ** .5 / V.norm())  # V's size, so that step sizes stay comparable
         m.start = V.clone()
         holds, other = (m.A, m.B) if m.side == "read" else (m.B, m.A)
         holds.copy_(V.T if m.side == "read" else V)
@@ -305,7 +305,7 @@ def load_state(path, params, opt):
     return int(step)
 
 def main():
-    from benchmarks import merged  # what is shown, or made for the hub, is no part of the reading
+    from benchmarks import merged  # which is no part of the reading
     merged.main()
 
 if __name__ == "__main__":

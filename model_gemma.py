@@ -342,7 +342,7 @@ class Gemma(nn.Module):
             cos, sin = rope[c.theta[c.local[i]]]
             args = h, cos, sin, masks[c.local[i]], cache, want if i == c.n_layers - 1 else None
             if self.checkpointing and torch.is_grad_enabled():
-                # non-reentrant: the reentrant kind drops LoRA's gradients when the embedding is frozen
+                # the reentrant kind drops LoRA's gradients when the embedding is frozen
                 h = checkpoint(block, *args, use_reentrant=False)
             else:
                 h = block(*args)
@@ -421,7 +421,7 @@ class _NLL(torch.autograd.Function):
             rows = slice(a, a + ctx.chunk)
             d = _NLL.scored(h[rows], table, targets[rows], ctx.cap)[1].mul_(g[rows, None])
             grad_h[rows] = d @ table
-            # zeros to add to would be a GB, written for nothing
+            # zeros to add to would cost a GB
             grad_table = d.T @ h[rows] if grad_table is None else grad_table.addmm_(d.T, h[rows])
         return grad_h, grad_table, None, None, None
 
@@ -554,7 +554,7 @@ def save_gemma(model, folder, shard_bytes=5 * 10 ** 9):
     with torch.device("meta"):
         like = Gemma(model.config).to(model.dtype)
     check_shapes(folder, _published(model), _published(like), "merge and detach its adapters first")
-    # both spellings of the dtype, for readers old and new: transformers would cast to the one that it finds
+    # both spellings of the dtype: transformers would cast to the one that it finds
     data.write_json(folder / "config.json", {**model.config.raw, "dtype": dtype, "torch_dtype": dtype})
     tensors = {"model." + n: p for n, p in model.named_parameters()}
     sizes = {"model." + n: p for n, p in like.named_parameters()}

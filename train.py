@@ -149,16 +149,16 @@ def sft_loss(model, rows, batch):
     nll, _ = model.reply_nll([r["chosen_tokens"] for r in rows])
     return nll.sum() / sum(sum(r["chosen_tokens"][1]) for r in batch), {}
 
-def dpo_loss(model, reference, rows, batch, beta):
+def dpo_loss(model, reference, rows, batch, s, step):
     """Direct preference optimisation (arXiv 2305.18290, eq. 7): -log sigmoid(beta * margin).
-    The margin is how much more than the reference the policy prefers chosen to rejected, nats over replies.
-    """
+    The margin, nats: how much more the policy prefers chosen to rejected than the reference does."""
     both = [r["chosen_tokens"] for r in rows] + [r["rejected_tokens"] for r in rows]
-    with torch.no_grad(), reference() as ref:
-        before, _ = evaluation.sequence_logprobs(ref, both)
+    with torch.no_grad(), reference() as ref:  # runs of one seed meet the same rows
+        before = keep(("before", s.seed, step, rows[0]["at"]), (s.model, s.dtype, s.shard, both),
+                      lambda: evaluation.sequence_logprobs(ref, both)[0])
     gain = evaluation.sequence_logprobs(model, both)[0] - before
     margin = gain[:len(rows)] - gain[len(rows):]  # (B,)
-    loss = -F.logsigmoid(beta * margin).sum() / len(batch)
+    loss = -F.logsigmoid(s.beta * margin).sum() / len(batch)
     return loss, {"margin": float(margin.detach().sum()) / len(batch)}
 
 def rloo_loss(model, reference, rows, batch, reward, s, seeds):
@@ -198,7 +198,7 @@ def make_loss(s, model, reference=None, reward=None, neutral=()):
         if s.objective == "sft" or step < s.sft_steps:
             value, logged = sft_loss(model, rows, batch)
         elif s.objective == "dpo":
-            value, logged = dpo_loss(model, reference, rows, batch, s.beta)
+            value, logged = dpo_loss(model, reference, rows, batch, s, step)
         else:
             seeds = [(s.seed * 1_000_003 + step) * s.batch + r["at"] for r in rows]
             value, logged = rloo_loss(model, reference, rows, batch, reward, s, seeds)
@@ -589,22 +589,20 @@ def quiet_run(s):
 
 def report(folder, runs):
     """Write and print the table of runs, read from their folders; then their pages."""
-    with data.expecting(f"a damaged file below {folder}", LookupError, TypeError, AttributeError, ValueError):
-        if lead():
-            _report(folder, runs)
-
-def _report(folder, runs):
+    if not lead():
+        return
     paths = [Path(r.out) / "results.json" for r in runs]
     kinds = dict(method=str, lr=float, seed=int, validation=dict, sets=dict)
-    lines = evaluation.table([data.read_json(path, **kinds) for path in paths])
-    data.write_text(folder / "table.md", "\n".join(lines) + "\n")
-    chosen = [Path(r.out) / "features.json" for r in runs if r.method == "sails"]
-    if chosen and len(runs) > 2:  # a single run has printed them
-        shown = explain.feature_lines(data.read_json(chosen[0]))
-        say(f"Features that SAILS chose ({chosen[0].with_suffix('.md')}):", *shown, "")
-    say(*lines)
-    beside = "; a folder a run beside it" if len(runs) > 2 else ""
-    say(f"Open {pages.write_pages(folder, runs)} in a browser{beside}")
+    with data.expecting(f"a damaged file below {folder}", LookupError, TypeError, AttributeError, ValueError):
+        lines = evaluation.table([data.read_json(path, **kinds) for path in paths])
+        data.write_text(folder / "table.md", "\n".join(lines) + "\n")
+        chosen = [Path(r.out) / "features.json" for r in runs if r.method == "sails"]
+        if chosen and len(runs) > 2:  # a single run has printed them
+            shown = explain.feature_lines(data.read_json(chosen[0]))
+            say(f"Features that SAILS chose ({chosen[0].with_suffix('.md')}):", *shown, "")
+        say(*lines)
+        beside = "; a folder a run beside it" if len(runs) > 2 else ""
+        say(f"Open {pages.write_pages(folder, runs)} in a browser{beside}")
 
 def main():
     s = settings()

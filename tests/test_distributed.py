@@ -104,8 +104,7 @@ def assert_alike(one, many):
 
 LR = "--lr 1e-3 "
 QUICK = (LR + "--steps 2 --batch 7 --test {test}", LR + "--steps 2 --batch 12 --method full")
-SLOW = (
-    LR + "--objective dpo --batch 7 --watch 2", LR + "--objective rloo --samples 2 --batch 7", LR + FIT,
+SLOW = (LR + "--objective dpo --batch 7 --watch 2", LR + "--objective rloo --samples 2 --batch 7", LR + FIT,
     LR + "--shard --batch 12 --checkpointing --norm-aware --test {test}",
     LR + "--method full --objective dpo --batch 12 --checkpointing --test {test}",
     LR + "--method full --objective rloo --samples 2 --batch 12 --replay .1 --text {text}")

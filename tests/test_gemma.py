@@ -19,9 +19,8 @@ from test_lora import saved
 
 RAW = dict(num_hidden_layers=4, hidden_size=20, intermediate_size=24, num_attention_heads=4, head_dim=8,
            num_key_value_heads=2, vocab_size=50, query_pre_attn_scalar=12, sliding_window=4)
-KINDS = dict(
-    gemma2=dict(RAW, model_type="gemma2", attn_logit_softcapping=20., final_logit_softcapping=10.),
-    gemma3=dict(RAW, model_type="gemma3_text", sliding_window_pattern=3))
+KINDS = dict(gemma2=dict(RAW, model_type="gemma2", attn_logit_softcapping=20., final_logit_softcapping=10.),
+             gemma3=dict(RAW, model_type="gemma3_text", sliding_window_pattern=3))
 PROMPTS = [[2, 7, 8, 9, 10, 11, 12], [2, 13], [2, 20, 21, 22]]
 both = pytest.mark.parametrize("kind", KINDS)
 

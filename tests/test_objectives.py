@@ -19,7 +19,7 @@ def tuned(world, split):
     """A model whose adapters have moved; 11 rows, replies of two lengths; settings."""
     rows, _ = data.encode(world.tok, split["train"][:6] + split["train"][-5:], "tiny")
     model = adapted(random_gemma(), ("q", "v", "o", "down"), 3, 6, .1)
-    return model, [dict(r, at=i) for i, r in enumerate(rows)], SimpleNamespace(
+    return model, [dict(r, at=i) for i, r in enumerate(rows)], SimpleNamespace(model="", dtype="", shard=0,
         objective="sft", sft_steps=0, replay=0., beta=.3, samples=3, max_new=4, stop={1}, seed=0, batch=11)
 
 def one_step(model, rows, s, step=5):
@@ -68,6 +68,14 @@ def test_loss_and_gradient_equal_the_formulas_in_any_micro_batch_and_finite_diff
         vector_to_parameters(at + step * u, params)
         ends.append(float(written_out(model, rows, s).detach()))
     assert (ends[0] - ends[1]) / .02 == pytest.approx(float(slope @ u), rel=.01)
+
+def test_runs_of_one_seed_ask_dpos_reference_once_for_the_same_rows(tuned, monkeypatch):
+    (model, rows, s), score, asked = tuned, train.evaluation.sequence_logprobs, []
+    vars(s).update(objective="dpo", micro=11, seed=7)
+    spy = lambda *a: asked.append(torch.is_grad_enabled()) or score(*a)
+    monkeypatch.setattr(train.evaluation, "sequence_logprobs", spy)
+    same, again, _ = [one_step(model, some, s) for some in (rows, rows, [rows[0], *rows[:1:-1]])]
+    assert asked == [False, True, True, False, True] and same == again
 
 def test_rloo_gradient_is_that_of_expected_reward_less_beta_times_kl(tuned):
     """Of one new token, so that the expectation can be summed; 8,000 draws, two a prompt and step."""

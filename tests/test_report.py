@@ -39,9 +39,8 @@ def both(home, tmp_path_factory):
     run = trained(home, tmp_path_factory.mktemp("one"), f"{more} --tau .7")
     best, second, *rest = data.read_json(run.out / "features.json")
     data.write_json(run.out / "features.json", [best | FULL, second | dict(link="javascript:a"), *rest])
-    e = dict(name="read", side="read", sae_layer=0, inside=.625, chance=.25, baseline=.04,
-             chosen=[dict(feature=best["feature"], share=.375)],
-             others=[dict(feature=3, share=.1, words=[HOSTILE])])
+    e = dict(name="read", side="read", sae_layer=0, inside=.625, chance=.25, baseline=.04, chosen=[dict(
+        feature=best["feature"], share=.375)], others=[dict(feature=3, share=.1, words=[HOSTILE])])
     data.write_json(run.out / "explain.json", dict(alarm=.001, sums=[e]))
     runs = [SimpleNamespace(out=run.out / name) for name in ("base", "")]
     said = go(command(home, many, f"{more} --method lora,sails --seed 0,1"))[1]

@@ -38,9 +38,8 @@ def arm(balance, rates, **more):
 
 def two_bases(shift):  # validation prefers the second rate in base 0, the first in base 1
     each = lambda b, s: [.5 + .1 * b + .01 * s, .5 + .1 * b + .01 * s + shift]
-    return arm([[each(b, s) for s in (0, 1)] for b in (0, 1)], [.001, .003], **{
-        "validation balance": np.array([.5, np.nan])[:, None, None],
-        "validation NLL": np.array([[1., 0], [1, 2]])[:, None]})
+    return arm([[each(b, s) for s in (0, 1)] for b in (0, 1)], [.001, .003], **{"validation NLL": np.array(
+        [[1., 0], [1, 2]])[:, None], "validation balance": np.array([.5, np.nan])[:, None, None]})
 
 def test_rates_are_chosen_within_a_base_by_validation_and_the_csv_holds_every_rate():
     found = two_bases(.2)

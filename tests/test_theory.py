@@ -177,10 +177,9 @@ def test_an_sae_trained_on_the_samples_is_within_the_bound_of_its_own_eps_over_f
 def small(monkeypatch):
     """Both commands on two small samples, SAEs hardly trained: the bounds hold for any SAE."""
     quick = dict(SIZES=(100, 300), SEEDS=range(10, 12), PAIRS=300, STRENGTHS=(0., 4.),
-                 TITLES=dict(theory.TITLES),
                  trained_estimate=functools.partial(theory.trained_estimate, steps=5),
                  measure_selection=functools.partial(theory.measure_selection, trials=300),
-                 measure_t=functools.partial(theory.measure_t, trials=300))
+                 measure_t=functools.partial(theory.measure_t, trials=300), TITLES=dict(theory.TITLES))
     for name, value in quick.items():
         monkeypatch.setattr(theory, name, value)
 

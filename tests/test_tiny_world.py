@@ -98,9 +98,8 @@ def test_a_data_folder_reads_back_with_knowledge_of_unseen_and_neutral_text_of_s
     for part in ("train", "validate", "test"):
         assert data.read_pairs(folder / files[part]) == (split[part], {})
     asked = [(f"{part}/{ex['id']}", part, ex) for part in ("unseen", "lookalike") for ex in split[part]]
-    assert data.read_prompts([folder / files["prompts"]]) == [dict(
-        id=i, set=part, turns=ex["turns"], label=ex["label"], expected=ex["chosen"], target=ex["rejected"])
-        for i, part, ex in asked]
+    assert data.read_prompts([folder / files["prompts"]]) == [dict(id=i, set=part, turns=ex["turns"],
+        label=ex["label"], expected=ex["chosen"], target=ex["rejected"]) for i, part, ex in asked]
     said, seen = {True: set(), False: set()}, split["topics"]["seen"]
     for text in map(WORLD.tok.decode, tiny.world_text(WORLD)[0]):
         for o in [WORLD.names.index(w) for w in text.split() if w in WORLD.names and text.startswith("doc")]:
