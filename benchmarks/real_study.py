@@ -28,7 +28,7 @@ import train
 from benchmarks import study
 
 METHODS = ("sails", "lora", "random", "random-features", "raw-pca")
-CELLS = "sft-240 sft-60 sft-480 sft-120 dpo-240 dpo-60".split()  # an objective, and how many dialogues
+CELLS = "sft-240 dpo-240 dpo-60 sft-480 sft-120 sft-60".split()  # objective and dialogues; dpo takes longest
 FEW_MANY = ("sft-60", "sft-480"), ("dpo-60", "dpo-240")
 RATES = 5e-5, 1.5e-4, 4.5e-4, 1.35e-3
 BATCH = dict(sft=8, dpo=4)  # a pair costs DPO five times as much: two replies, and the base's view of them
