@@ -57,7 +57,7 @@ def test_two_and_three_blocks_tell_the_peak_of_six(checkpointing):
     assert max(peaks) == pytest.approx(real_step(6, torch.float32, checkpointing)[1], rel=.02)
 
 def test_phases_hold_what_the_objective_and_the_method_keep(home):
-    config, size = model_gemma.load_config(home.model), plan.sizes(settings())
+    config, size = model_gemma.load_config(home.model), plan.sizes(settings("--max-tokens 64"))
     of = lambda method, more="": plan.phases(settings(more), method, config, size)
     sft, dpo, rloo = (of("full", f"--objective {x}") for x in ("sft", "dpo", "rloo"))
     assert "reference" not in sft["training"] and dpo["training"]["reference"] == sft["training"]["weights"]
