@@ -305,7 +305,7 @@ def load_state(path, params, opt):
     return int(step)
 
 def main():
-    from benchmarks import merged  # which is no part of the reading
+    from benchmarks import merged  # shows and cards: no part of the reading
     merged.main()
 
 if __name__ == "__main__":
