@@ -5,7 +5,7 @@ SAILS starts one factor in the safety subspace V (D, r), the other at 0: the ada
     q k v gate up   READ the residual stream (in = D):  A = V^T, B = 0
     o down          WRITE to it (out = D):              B = V,   A = 0
 Files are PEFT's: PEFT and vLLM load them as they are.   Letters: D d_model, r rank, r_s columns of a basis.
-Run it (`python lora.py RUN`) to see what an adapter holds, with --merge OUT to merge it.
+Run it (`python lora.py RUN`) to see what an adapter holds; --merge OUT merges it.
 """
 import contextlib
 import re
@@ -50,21 +50,21 @@ class _Adapted(torch.autograd.Function):
     x is kept in the base's dtype, one tensor for q, k and v; autograd would keep an fp32 copy for each."""
     @staticmethod
     def forward(ctx, x, W, A, B, scale):
-        y, low = F.linear(x, W), F.linear(x.float(), A) * scale  # (..., out), (..., r)
+        ctx.scale, ctx.shape, x = scale, x.shape, x.flatten(0, -2)  # (rows, in)
+        y, low = F.linear(x, W), F.linear(x.float(), A) * scale  # (rows, out), (rows, r)
         ctx.save_for_backward(x, W, A, B, low)
-        ctx.scale, ctx.shape = scale, x.shape
-        return (y + F.linear(low, B)).to(y.dtype)
+        wide = y.float().addmm_(low, B.T)  # in place: fewer passes
+        return wide.to(y.dtype).view(*ctx.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         x, W, A, B, low = ctx.saved_tensors
-        x, low, g = (t.flatten(0, -2) for t in (x, low, g))  # rows of all texts
+        g = g.flatten(0, -2)
         wide = g.float()
-        d = (wide @ B) * ctx.scale  # (rows, r)
-        grad_x = None
+        d, grad_x = (wide @ B) * ctx.scale, None  # (rows, r)
         if ctx.needs_input_grad[0]:
-            grad_x = (d @ A).to(x.dtype).addmm_(g, W).view(*ctx.shape)
+            grad_x = (d @ A).to(x.dtype).addmm_(g, W).view(ctx.shape)
         return grad_x, None, d.T @ x.float(), wide.T @ low, None
 
 def adapters(model):
@@ -110,10 +110,10 @@ def init_lora(model, seed=0):
 def init_sails(model, bases, seed=0, freeze=False, norm_aware=False, sides=("read", "write")):
     """Start every adapter in a subspace: readers A = V^T, B = 0; writers B = V, A = 0.
     bases       {SAE layer: V (D, r_s), orthonormal, best direction first}; a layer takes the nearest
-    freeze      the factor that holds V does not train: the update stays in the subspace for good
+    freeze      the factor that holds V does not train: the update stays in the subspace
     norm_aware  readers get v / (1 + w_in), writers v / (1 + w_post): then exactly the residual direction v is
                 read after the block's norm (written before it), up to one scalar a matrix
-    sides       where V is used; adapters on the other side start as plain LoRA
+    sides       where V is used; other adapters start as plain LoRA
     Returns {layer: {"basis": SAE layer, "kept": columns of V in use, "filled": random ones}}."""
     init_lora(model, seed)
     rng, report = torch.Generator().manual_seed(seed + 1), {}
@@ -126,9 +126,9 @@ def init_sails(model, bases, seed=0, freeze=False, norm_aware=False, sides=("rea
             continue
         if norm_aware:
             gain = 1 + getattr(model.layers[m.layer], model_gemma.NORMS[m.place]).weight.float()  # (D,)
-            # where the norm all but shuts (1 to 3 % of Gemma 3 270M) 1 / gain would leave nothing else in V
+            # where the norm all but shuts (1 to 3 % of Gemma 3 270M) 1 / gain would be all of V
             V = torch.where(gain.abs()[:, None] > .05 * gain.abs().median(), V / gain[:, None], 0.)
-            V = V * (m.r ** .5 / V.norm())  # V's size, so that step sizes stay comparable
+            V = V * (m.r ** .5 / V.norm())  # V's size keeps step sizes comparable
         m.start = V.clone()
         holds, other = (m.A, m.B) if m.side == "read" else (m.B, m.A)
         holds.copy_(V.T if m.side == "read" else V)
