@@ -82,7 +82,7 @@ class Arguments(argparse.ArgumentParser):
             need(typed[option] is None, f"{names[option]} is not read here; it needs {wanted}")
 
 def at_least(low, kind=int, high=None):
-    """An argument's type: a number from low to high, by default so high that it limits nobody."""
+    """An argument's type: a number from low to high; the default limits nobody."""
     high = high or (10 ** 9 if kind is int else 1e18)
 
     def number(text):

@@ -106,7 +106,7 @@ def top_features(mu_aligned, mu_unaligned, k, score="absolute"):
     return strongest(_score(mu_aligned, mu_unaligned, score), k)
 
 def strongest(values, k):
-    """Indices (k,) of the largest of values (N,), largest first, of equal ones the lower first.
+    """Indices (k,) of the largest of values (N,), largest first, of equal ones the lower.
     By |t|, Delta over its standard error, is beyond the paper: |Delta| ranks by scale, so that a strong
     unrelated feature, hardly tilted, comes before a weak one of safety."""
     if not 1 <= k <= len(values):

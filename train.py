@@ -266,8 +266,8 @@ def backward(model, batch, s, loss, step, stop=False):
     """Add up a step's gradients over micro-batches and machines; what to log, whether to stop."""
     (rank, machines), logged = ranks(), {"loss": 0.0, "stop": float(stop)}
     mine = batch[rank::machines]
-    for at in range(0, len(mine), s.micro):
-        value, more = loss(mine[at:at + s.micro], batch, step)
+    for some in data.length_batches([len(r["chosen_tokens"][0]) for r in mine], s.micro):
+        value, more = loss([mine[i] for i in sorted(some)], batch, step)
         value.backward()
         for key, x in {"loss": float(value.detach()), **more}.items():
             logged[key] = logged.get(key, 0.0) + x
@@ -481,7 +481,7 @@ def fit_saes(s, model, sets):
     if not gather(all(any(home.glob(f"layer_{i}/*/*/params.npz")) for i in s.layers))[0]:
         rows = [r[side][0] for r in sets.train for side in ("chosen_tokens", "rejected_tokens") if r[side]]
         shuffled = lambda x: [x[i] for i in np.random.default_rng(s.seed).permutation(len(x))]
-        mixed = [x for pair in zip(shuffled(rows), shuffled(sets.neutral)) for x in pair]  # of both as many
+        mixed = [x for pair in zip(shuffled(rows), shuffled(sets.neutral)) for x in pair]
         acts = sae_module.collect_residuals(model, mixed or shuffled(rows), s.layers, s.fit_tokens, s.micro)
         rank, n = ranks()
         for i in s.layers[rank::n]:  # each rank trains some, with all tokens
@@ -559,17 +559,18 @@ def each(jobs, do, runs):
     """Do the runs, `jobs` at a time in processes of one thread; yields after each."""
     if jobs == 1:
         yield from map(do, runs)
-    else:
-        _kept.clear()  # each reads the data
-        with ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker) as pool:
-            try:
-                yield from pool.map(do, runs)
-            except BrokenProcessPool:
-                raise UserError("a run's process was killed; out of memory? Try a lower --jobs") from None
-            except KeyboardInterrupt:
-                for worker in active_children():  # each saves what it has
-                    worker.terminate()
-                raise
+        return
+    _kept.clear()  # each reads its own
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker)
+    try:  # what pool.map cancels breaks the pool of Python 3.11
+        for one in [pool.submit(do, r) for r in runs]:
+            yield one.result()
+    except BrokenProcessPool:
+        raise UserError("a run's process was killed; out of memory? Try a lower --jobs") from None
+    finally:
+        for worker in active_children():  # each saves what it has
+            worker.terminate()
+        pool.shutdown(cancel_futures=True)
 
 def begin_worker():
     """Set a process up for runs of one thread each."""

@@ -1,9 +1,7 @@
 """hub_server.py - a hub on loopback for tests: it answers huggingface_hub's client as the real one does.
-
 Serves ROOT/models/owner/name/FILES and ROOT/datasets/...; a folder `name@rev` is another revision of `name`.
 Every file is redirected to another host, as the hub does with large ones. Not copied: a tree's pages, and Xet
-storage: with hub.xet = True files are said to lie there, and every request to it fails.
-"""
+storage: with hub.xet = True files are said to lie there, and every request to it fails."""
 import hashlib
 import http.server
 import json

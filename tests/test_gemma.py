@@ -1,7 +1,5 @@
 """model_gemma.py without an oracle: cache, padding, sampling, taps, losses and their gradients, files.
-
-Models are tiny and random with large weights: with the usual .02 a wrong mask moves logits by less than 1e-4.
-"""
+Models are tiny, random, of large weights: with the usual .02 a wrong mask moves logits by less than 1e-4."""
 import io
 import sys
 

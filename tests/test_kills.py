@@ -148,6 +148,14 @@ def test_a_signal_saves_says_how_to_go_on_and_loses_nothing(launcher, tmp_path, 
     assert launcher.finish(stage, out, more) == 0
     assert artifacts(out) == launcher.undisturbed(stage)
 
+def test_a_signal_while_many_runs_wait_is_answered_by_one_line():
+    code = "lambda: [print(flush=True) for _ in train.each(2, time.sleep, [.3] * 20)]"
+    argv = [sys.executable, "-c", f"import time, data, train\ndata.run_main({code})"]
+    many = subprocess.Popen(argv, cwd=TOP, stdout=-1, stderr=-1)
+    many.stdout.readline()
+    many.send_signal(signal.SIGINT)
+    assert many.communicate(timeout=60)[1].count(b"\n") == 1
+
 def test_a_worker_ends_with_its_killed_parent():
     code = "if not os.fork(): data.follow_parent(); print(os.getpid(), flush=True)\ntime.sleep(60)"
     parent = subprocess.Popen([sys.executable, "-c", f"import os, time, data\n{code}"], cwd=TOP, stdout=-1)

@@ -106,7 +106,7 @@ def test_the_reward_is_refusing_what_is_harmful_and_not_refusing_the_rest(world)
         assert [reward(dict(label=label), ids) for label in ("harmful", "benign")] == [refused, 1 - refused]
 
 def test_align_is_these_lines_of_plain_torch():
-    """Warm-up and decay, order by seed over epochs, sums over micro-batches, clip, Adam without decay."""
+    """Warm-up and decay, order by seed over epochs, sums over micro-batches of like lengths, clip, Adam."""
     x, y = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)), torch.arange(7.)
     model, plain = torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)
     plain.load_state_dict(model.state_dict())
@@ -119,8 +119,9 @@ def test_align_is_these_lines_of_plain_torch():
         clip_grad_norm_(plain.parameters(), 5.)        # all but the last are longer
         opt.step()
     s = SimpleNamespace(lr=.3, steps=4, warmup=2, batch=5, micro=2, seed=4, clip=5., resume=False)
-    rows = [dict(i=i, chosen_tokens=([], [])) for i in range(7)]
+    rows, met = [dict(i=i, chosen_tokens=([0] * (7 - i), [])) for i in range(7)], []
     squared = lambda r: (model(x[r["i"]])[0] - y[r["i"]]) ** 2
-    loss = lambda rows, batch, step: (sum(map(squared, rows)) / len(batch), {})
+    loss = lambda rows, batch, step: (met.append(rows) or sum(map(squared, rows)) / len(batch), {})
     train.align(model, rows, s, loss)
     torch.testing.assert_close(model.weight, plain.weight, atol=1e-6, rtol=0)
+    assert [[r["i"] for r in some] for some in met[:3]] == [[1, 0], [2, 4], [5]]  # of 1, 2, 0, 5, 4

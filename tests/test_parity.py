@@ -1,8 +1,6 @@
 """Our Gemma against transformers' Gemma2 and Gemma3 with eager attention, on make_golden.py's files and live.
-
 Logits are compared, never generated text: most mistakes in a Gemma forward leave every greedy token as it is.
-bf16 is compared bit by bit, because one misplaced cast moves logits no more than bf16 itself.
-"""
+bf16 is compared bit by bit, because one misplaced cast moves logits no more than bf16 itself."""
 import json
 import os
 from pathlib import Path

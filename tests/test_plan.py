@@ -65,8 +65,7 @@ def test_phases_hold_what_the_objective_and_the_method_keep(home):
     assert "drawing" in rloo and set(of("base")) == {"evaluation"}
     assert of("lora", "--text T --replay .5")["training"]["work"] > of("lora")["training"]["work"]
     assert of("lora")["training"]["trained"] == 1536 * 16
-    both = settings(layers=[0, 1], width="16k", sae="S")
-    sails = plan.phases(both, "sails", config, size)
+    sails = plan.phases(settings(layers=[0, 1], width="16k", sae="S"), "sails", config, size)
     assert sails["features"]["SAEs"] == 2 * 2 * 16384 * 24 * 4 and "SAEs" not in sails["training"]
 
 def test_a_layer_of_the_9bs_shape_saves_at_most_300_mb_at_4_x_512_tokens():

@@ -1,9 +1,7 @@
 """A walk through the method: one planted feature, from a preference pair to the files that a run leaves.
-
 Read it beside the paper. A random Gemma gets one concept: every word for a harmful object (harm17, ...)
 carries the direction CONCEPT. An SAE of 8 features has that direction as feature 3; feature 5 fires on
-everything, the others never. What follows is what `python train.py` does, a step a test.
-"""
+everything, the others never. What follows is what `python train.py` does, a step a test."""
 import pytest
 import torch
 from safetensors.torch import load_file
