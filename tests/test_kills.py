@@ -117,7 +117,7 @@ def disturb(launcher, stage, out, sign, rng, more="", files=None):
     time.sleep(rng.random() * .4)
     if Path(f"/proc/{pid}").exists():
         os.kill(pid, sign)
-    code, late = end(), time.monotonic() + 2
+    code, late = end(), time.monotonic() + 5  # a worker may be importing torch
     while (left := alive(pid, out)) and time.monotonic() < late:
         time.sleep(.02)
     for p in left:
