@@ -560,7 +560,7 @@ def each(jobs, do, runs):
     if jobs == 1:
         yield from map(do, runs)
         return
-    _kept.clear()  # each reads its own
+    _kept.clear()  # each reads the data
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker)
     try:  # what pool.map cancels breaks the pool of Python 3.11
         for one in [pool.submit(do, r) for r in runs]:
