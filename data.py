@@ -418,7 +418,7 @@ def t_interval(values):
     """(mean, half-width of its 95 % interval by Student's t) of independent values."""
     v, df = np.asarray(values, dtype=float), len(values) - 1
     t = STUDENT[df - 1] if df <= 10 else 1.96 + 2.63 / df  # right to .006
-    return float(v.mean()), float(t * v.std(ddof=1) / len(v) ** .5) if df else float("nan")
+    return float(v.mean()), float(t * v.std(ddof=1) / len(v) ** .5) if df else np.nan
 
 # ---- files from a local folder or the hub ----
 def listing(spec, kind="model"):

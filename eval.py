@@ -362,7 +362,7 @@ def table(results):
     best, seeds, rows = best_rates(results), len({r["seed"] for r in results}), {}
     for m, lr in best.items():
         mine = [r for r in results if (r["method"], r["lr"]) == (m, lr)]  # one a seed
-        over = lambda c: data.t_interval([mean(headline(r)[c]) for r in mine])
+        over = lambda c: data.t_interval([mean(headline(r).get(c, np.nan)) for r in mine])
         row = headline(mine[0]) if seeds == 1 else {c: over(c) for c in headline(mine[0])}
         name = "base" if m == "base" else f"{m}, lr {lr:g}"
         rows[name] = row | dict(parameters=mine[0].get("parameters"))
@@ -383,7 +383,8 @@ def table(results):
 def conclusion(results, title, rates):
     """One sentence: SAILS against each method at these rates, paired by seed, 95 % intervals."""
     measure, sign = ("balance", 1) if "balance" in headline(results[0]) else (NLL, -1)
-    values = {m: np.array([mean(headline(r)[measure]) for r in results if (r["method"], r["lr"]) == (m, lr)])
+    shown = lambda r: mean(headline(r).get(measure, np.nan))  # without any reply there is no rate
+    values = {m: np.array([shown(r) for r in results if (r["method"], r["lr"]) == (m, lr)])
               for m, lr in rates.items() if m != "base"}
     words = {"is ahead of": [], "cannot be told from": [], "is behind": []}
     for m in [m for m in values if m != "sails"]:

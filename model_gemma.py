@@ -8,6 +8,7 @@ Letters: B batch, T tokens, S cached + new tokens, D d_model, H query heads, K k
 V vocabulary.   Run it (`python model_gemma.py --model DIR`) to talk to a model, adapted or steered.
 """
 import contextlib
+from collections import UserDict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -168,7 +169,7 @@ def additive(see, dtype):
     With -inf a row that is all padding would become NaN and poison the batch."""
     return torch.zeros_like(see, dtype=dtype).masked_fill_(~see, torch.finfo(dtype).min)
 
-class KVCache(dict):
+class KVCache(UserDict):  # FSDP2 hands a copy of a dict to hidden() on a GPU
     """Of all tokens so far: "pos", "keep" (B, S); ("k", layer), ("v", layer) (B, K, S, d)."""
     def add(self, key, new, dim=1):
         """Append what belongs to the new tokens; that of all tokens."""
@@ -434,8 +435,9 @@ def shard_model(model, device):
     from torch.distributed.device_mesh import init_device_mesh  # a second to import, so not at every start
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     mesh = init_device_mesh(torch.device(device).type, (data.ranks()[1],))
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    stay = {p for p in frozen if p.dim() == 1 or p is model.embed_tokens.weight}
+    # no list of the others: a block's whole weights are freed when it is cut up
+    stay = {p for p in model.parameters()
+            if not p.requires_grad and (p.dim() == 1 or p is model.embed_tokens.weight)}
     for part in (*model.layers, model):
         block = part is not model
         fully_shard(part.to(device), mesh=mesh, ignored_params=stay, reshard_after_forward=block)
@@ -449,9 +451,14 @@ def same_bits(tensors, what):
     """UserError unless all ranks hold the same; bits are added up, which is exact anywhere."""
     if data.ranks()[1] > 1:
         kinds = {4: torch.int32, 2: torch.int16}
-        sums = str([int(t.view(kinds[t.element_size()]).sum()) for t in tensors])
+        bits = (t.view(kinds[t.element_size()]) for t in tensors)
+        sums = str([sum(int(x.sum()) for x in pieces(t)) for t in bits])
         same = len({*data.gather(sums)}) == 1
         need(same, f"{what}: not every process holds the same weights; do their machines' files differ?")
+
+def pieces(tensor):
+    """Its numbers, 2^24 at a time: sum() copies what it adds up, wider."""
+    return tensor.flatten().split(2 ** 24)
 
 def whole(tensor):
     """A tensor as it is, a sharded one gathered: all ranks call it."""
@@ -526,7 +533,8 @@ def read_tensors(path):
 
 def finite(tensor, what):
     """The tensor; UserError if a NaN or inf is in it."""
-    need(torch.isfinite(tensor.sum(dtype=torch.float32)), f"{what} holds NaN or inf")  # they reach the sum
+    fine = all(torch.isfinite(x.sum(dtype=torch.float32)) for x in pieces(tensor))  # they reach the sum
+    need(fine, f"{what} holds NaN or inf")
     return tensor
 
 def check_shapes(path, found, want, advice):

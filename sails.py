@@ -14,7 +14,7 @@ The theorem, as proved here (the full text was not at hand; its constants may di
                of d_i, other features have Delta = 0; dead, split, absorbed, co-varying features break this
     Error      e(U, V) = |P_U - P_V|, Frobenius norm, P the projector on a span       projector_distance
     Claims  1. "arbitrarily small recovery error": e <= sqrt(2 r) eps / sigma_min(D_S)  sae_bound
-            2. n samples find S with P >= 1 - 2 m exp(-n gamma^2 / 4 B^2)    selection_probability
+            2. n samples a set find S with P >= 1 - 2 m exp(-n gamma^2 / 4 B^2)  selection_probability
             3. "an irreducible error floor": one direct direction has e >= sqrt(r - 1)  direct_floor
             4. r_s directions in place of r: e >= sqrt|r - r_s|, the price of tau < 1   truncation_floor
             5. ours: by |t| a feature's scale is no matter, as in 2 with |Delta_i| / rms  t_probability
@@ -66,8 +66,9 @@ def contrast_means(model, saes, pairs, batch=8):
             for key, x in (means | dict(t=(a - u) ** 2)).items():
                 total[key] += x.sum(0) / n * counts
             total["second"] += (h - g).T @ (h - g) / n * counts
-    for s in sums.values():
+    for i, s in sums.items():
         data.add_up(*s.values())
+        need(s["second"].sum().isfinite(), f"layer {i}: residuals hold NaN or inf")
         s["var"] = (s["var"] - ((s["h_aligned"] + s["h_unaligned"]) / 2) ** 2).clamp(min=1e-12)
         diff = s["mu_aligned"] - s["mu_unaligned"]
         s["t"] = diff / ((s["t"] - diff ** 2).clamp(min=1e-30) / max(1, n - 1)).sqrt()
@@ -109,13 +110,13 @@ def strongest(values, k):
     """Indices (k,) of the largest of values (N,), largest first, of equal ones the lower.
     By |t|, Delta over its standard error, is beyond the paper: |Delta| ranks by scale, so that a strong
     unrelated feature, hardly tilted, comes before a weak one of safety."""
-    if not 1 <= k <= len(values):
-        raise ValueError(f"k = {k}: there are {len(values)} features to choose from")
+    if not 1 <= k <= len(values) or bool(values.isnan().any()):
+        raise ValueError(f"k = {k}: wanted 1 to {len(values)} features, and no NaN")
     return values.sort(descending=True, stable=True).indices[:k]
 
 # ---- 4. decoder rows -> PCA -> QR -> V ----
 def basis(W_dec, features, tau=1.0, center=False):
-    """Rows `features` of W_dec (N, D) -> orthonormal V (D, r_s), in W_dec's dtype: PCA, then QR.
+    """Rows `features` of W_dec (N, D), PCA, QR -> orthonormal V (D, r_s), float64 if W_dec is.
     Of their principal directions the fewest that hold a share >= tau of the sum of squares are kept, largest
     first, each pointing to the side where its rows are; tau = 1 keeps the whole span. center subtracts the
     rows' mean, which deletes the direction that they share: not the default, the paper is silent."""
@@ -125,7 +126,7 @@ def basis(W_dec, features, tau=1.0, center=False):
     rows = W_dec[idx].double()  # (k, D)
     unit = F.normalize(rows, dim=1)
     if not bool(torch.isfinite(rows).all()) or bool((torch.triu(unit @ unit.T, 1).abs() > 1 - 1e-12).any()):
-        raise ValueError("the chosen decoder rows have NaN in them, or two have the same direction")
+        raise ValueError("the chosen decoder rows have NaN in them, or two are the same line")
     x = rows - rows.mean(0) if center else rows
     s, Vt = torch.linalg.svd(x, full_matrices=False)[1:]  # (k,), (k, D)
     if float(s[0]) <= 1e-12 * max(1e-300, float(rows.norm())):
@@ -147,8 +148,8 @@ def subspaces(method, stats, saes, k=32, tau=0.8, rule="absolute", center=False,
     random-features  k random ones among those that fire: is it the choice, or being an SAE direction?
     random           r random orthonormal directions: is it any direction at all? Reads only stats' "D"
     mean-diff        the difference of mean residuals: one direction, filled up at random when LoRA starts
-    raw-pca          r principal directions of paired differences of residuals; standardise: of dimensions
-                     divided by their standard deviations, as SAEs see them
+    raw-pca          up to r principal directions of pairs' differences of residuals; standardise: of
+                     dimensions divided by their standard deviations, as SAEs see them
     pool  one basis for all layers, from all their features      drop  features never to choose"""
     rng, out, chosen, rows = torch.Generator().manual_seed(seed), {}, {}, {}
     for i, s in stats.items():
@@ -168,6 +169,8 @@ def subspaces(method, stats, saes, k=32, tau=0.8, rule="absolute", center=False,
     if pool and rows:
         every = torch.cat(list(rows.values()))
         out = dict.fromkeys(rows, basis(every, range(len(every)), tau, center))
+    for i, V in out.items():
+        need(V.square().sum() > .5, f"layer {i}: the two sets have the same residuals")  # V is empty or 0
     return {i: V.float().contiguous() for i, V in out.items()}, chosen
 
 def _choose(method, s, k, rule, drop, rng, layer):
@@ -184,8 +187,9 @@ def _choose(method, s, k, rule, drop, rng, layer):
     return fired[top_features(s["mu_aligned"][fired], s["mu_unaligned"][fired], k, rule)]
 
 def top_eigenspace(C, r):
-    """The r leading eigenvectors (D, r) of a symmetric matrix, largest last."""
-    return torch.linalg.eigh(C)[1][:, -r:]
+    """A positive matrix's leading eigenvectors (D, r), largest last; fewer if its rank is less."""
+    values, vectors = torch.linalg.eigh(C)
+    return vectors[:, values > 1e-10 * values[-1]][:, -r:]
 
 # ---- the theorem: error ----
 def projector_distance(U, V):
@@ -224,7 +228,7 @@ def sae_bound(eps, r, sigma):
     and without an eigengap: D^ has no (r+1)-th direction. Reached to first order where all errors point one
     way out of the target, signed like D_S's weakest combination, if that weighs the d_i equally. From
     eps = sigma on it says nothing: e <= sqrt(2 r) always."""
-    _positive(r=r, sigma=sigma, eps=eps + 1)
+    _positive(r=r, sigma=sigma, eps=eps or 1)
     return (2 * r) ** .5 * eps / sigma
 
 def selection_probability(n, gamma, B, m):
@@ -236,6 +240,7 @@ def selection_probability(n, gamma, B, m):
     activation outright only helps (the terms cancel); pairs dependent in any other way need 8 in place of 4
     (n terms of range 2 B / n)."""
     _positive(n=n, gamma=gamma, B=B, m=m)
+    need(gamma <= B, f"gamma = {gamma} is above B = {B}: no difference is")
     return max(0., 1 - 2 * m * math.exp(-n * gamma ** 2 / (4 * B ** 2)))
 
 def t_probability(n, gap, K, m):
@@ -249,6 +254,7 @@ def t_probability(n, gap, K, m):
     sqrt(1 - a) >= 1 - a and sqrt(1 + a) <= 1 + a / 2, (mu - a) sqrt(1 - a) >= mu - gap / 2 >
     (mu - gap + a) sqrt(1 + a). It cannot tell an unrelated concept's true difference from safety's."""
     _positive(n=n, gap=gap, K=K, m=m)
+    need(gap <= 1 <= K, f"gap = {gap}, K = {K}: wanted gap <= 1 <= K")
     return max(0., 1 - 4 * m * math.exp(-n * gap ** 2 / (38 * K ** 2)))
 
 def direct_floor(r):

@@ -4,7 +4,6 @@
     python train.py --model google/gemma-2-9b    the paper's run: Gemma Scope, HH-RLHF, r = 16 on q,k,v,o
     python train.py --model DIR --sae DIR|fit --data FILE      the same from local folders
     ... --method sails,lora --lr 1e-4,3e-4 --seed 0,1,2        a comparison: a run each, one table
-Order: settings - objectives - training loop - one run and its stages - several runs.
 Letters: B batch, n tokens or rows, D d_model; a subspace's basis V is (D, r_s), r the LoRA rank.
 """
 import contextlib
@@ -22,7 +21,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 import data
 import eval as evaluation
@@ -72,7 +70,7 @@ def parser():
     a("--contrast-pairs", type=count, default=1000, help="pairs used to choose features")
     a("--subspace", choices=("nearest", "global"), default="nearest", help="by SAE layer, or one for all")
     a("--standardise", action="store_true", help="raw-pca: divide dimensions by their standard deviations")
-    a("--drop", type=some(int), default=[], help="features never to choose, by index")
+    a("--drop", type=some(int), default=[], help="features never to choose, in any layer")
     a("--norm-aware", action="store_true", help="undo the norms, see lora.init_sails")
     a("--freeze-basis", action="store_true", help="the factor that holds the basis does not train")
     a("--show-texts", action="store_true", help="features are shown in the contrast's texts, not in --text")
@@ -158,7 +156,7 @@ def dpo_loss(model, reference, rows, batch, s, step):
                       lambda: evaluation.sequence_logprobs(ref, both)[0])
     gain = evaluation.sequence_logprobs(model, both)[0] - before
     margin = gain[:len(rows)] - gain[len(rows):]  # (B,)
-    loss = -F.logsigmoid(s.beta * margin).sum() / len(batch)
+    loss = -torch.nn.functional.logsigmoid(s.beta * margin).sum() / len(batch)
     return loss, {"margin": float(margin.detach().sum()) / len(batch)}
 
 def rloo_loss(model, reference, rows, batch, reward, s, seeds):
@@ -465,7 +463,8 @@ def subspace(s, model, sets, folder):
             s.method, stats, saes, k=s.k, tau=s.tau, rule=s.score, center=s.center, r=s.r, drop=s.drop,
             pool=s.subspace == "global", standardise=s.standardise, seed=s.seed)
     for i, V in bases.items():
-        say(f"layer {i}: {len(chosen.get(i, ()))} features -> {V.shape[1]} directions for rank {s.r}")
+        of = f"{len(pairs):,} pairs, {len(chosen.get(i, ()))} features"
+        say(f"layer {i}: {of} -> {V.shape[1]} directions for rank {s.r}")
     if chosen:
         key = [*key, *(f.tolist() for f in chosen.values())]
         explain.write_features(s, folder, keep("features", key, lambda: explain.describe_all(
@@ -481,11 +480,13 @@ def fit_saes(s, model, sets):
     if not gather(all(any(home.glob(f"layer_{i}/*/*/params.npz")) for i in s.layers))[0]:
         rows = [r[side][0] for r in sets.train for side in ("chosen_tokens", "rejected_tokens") if r[side]]
         shuffled = lambda x: [x[i] for i in np.random.default_rng(s.seed).permutation(len(x))]
-        mixed = [x for pair in zip(shuffled(rows), shuffled(sets.neutral)) for x in pair]
-        acts = sae_module.collect_residuals(model, mixed or shuffled(rows), s.layers, s.fit_tokens, s.micro)
+        both = shuffled(rows), shuffled(sets.neutral)
+        mixed = [x[i] for i in range(max(map(len, both))) for x in both if i < len(x)]
+        acts = sae_module.collect_residuals(model, mixed, s.layers, s.fit_tokens, s.micro)
+        say(f"SAEs are fitted to {len(acts[s.layers[0]]):,} tokens")
         rank, n = ranks()
         for i in s.layers[rank::n]:  # each rank trains some, with all tokens
-            x = acts.pop(i)
+            x = acts.pop(i).to(s.device)
             sae = sae_module.train_sae(x, s.fit_width, s.fit_active, s.fit_steps, seed=s.seed, show=lead())
             sae_module.save_sae(sae, home, i, sae_module.sae_quality(sae, x)["l0"])
     together()
@@ -588,23 +589,6 @@ def quiet_run(s):
                 os._exit(1)  # not the next run
             raise
 
-def report(folder, runs):
-    """Write and print the table of runs, read from their folders; then their pages."""
-    if not lead():
-        return
-    paths = [Path(r.out) / "results.json" for r in runs]
-    kinds = dict(method=str, lr=float, seed=int, validation=dict, sets=dict)
-    with data.expecting(f"a damaged file below {folder}", LookupError, TypeError, AttributeError, ValueError):
-        lines = evaluation.table([data.read_json(path, **kinds) for path in paths])
-        data.write_text(folder / "table.md", "\n".join(lines) + "\n")
-        chosen = [Path(r.out) / "features.json" for r in runs if r.method == "sails"]
-        if chosen and len(runs) > 2:  # a single run has printed them
-            shown = explain.feature_lines(data.read_json(chosen[0]))
-            say(f"Features that SAILS chose ({chosen[0].with_suffix('.md')}):", *shown, "")
-        say(*lines)
-        beside = "; a folder a run beside it" if len(runs) > 2 else ""
-        say(f"Open {pages.write_pages(folder, runs)} in a browser{beside}")
-
 def main():
     s = settings()
     refuse_unread(s)
@@ -630,7 +614,7 @@ def main():
     if one:
         for r in reversed(runs):  # the base last: a refused run leaves nothing behind
             run(r)
-        return report(folder, runs)
+        return pages.report(folder, runs)
     with data.owned(folder, "runs.json") if lead() else contextlib.nullcontext() as begun:
         if begun:
             data.read_json(folder / "runs.json", runs=list)
@@ -643,7 +627,7 @@ def main():
         for first in (True, False):  # the bases measure and fit what other runs share
             for _ in each(s.jobs, quiet_run, [r for r in runs if (r.method == "base") == first]):
                 bar.update()
-        report(folder, runs)
+        pages.report(folder, runs)
 
 if __name__ == "__main__":
     data.run_main(main)

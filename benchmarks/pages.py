@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import model_gemma
+from benchmarks import explain
 from benchmarks.pictures import svg_lines, ticks
 from eval import NLL, best_rates, markdown, table
 
@@ -28,6 +29,23 @@ LOGGED = {"loss": "Loss", "safety rate": "Safety rate, validation prompts",
           "kl": "KL from the base, nats"}
 SETS = {"replies": ("chosen", "rejected", "replies"), "prompts": ("harmful", "benign", "prompts")}
 FIRST = 6  # features shown at once, of every layer; the others unfold
+
+def report(folder, runs):
+    """Write and print the table of runs, read from their folders; then their pages."""
+    if not data.lead():
+        return
+    paths = [Path(r.out) / "results.json" for r in runs]
+    kinds = dict(method=str, lr=float, seed=int, validation=dict, sets=dict)
+    with data.expecting(f"a damaged file below {folder}", LookupError, TypeError, AttributeError, ValueError):
+        lines = table([data.read_json(path, **kinds) for path in paths])
+        data.write_text(folder / "table.md", "\n".join(lines) + "\n")
+        chosen = [Path(r.out) / "features.json" for r in runs if r.method == "sails"]
+        if chosen and len(runs) > 2:  # a single run has printed them
+            shown = explain.feature_lines(data.read_json(chosen[0]))
+            data.say(f"Features that SAILS chose ({chosen[0].with_suffix('.md')}):", *shown, "")
+        data.say(*lines)
+        beside = "; a folder a run beside it" if len(runs) > 2 else ""
+        data.say(f"Open {write_pages(folder, runs)} in a browser{beside}")
 
 def write_pages(folder, runs):
     """Write a report.html in the folder of every run and, of several, one in FOLDER; return FOLDER's.

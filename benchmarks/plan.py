@@ -58,7 +58,7 @@ def phases(s, method, config, size, world=1):
     only = form._replace(checkpointing=False)  # which what has no gradients does not know
     whole, peaks = bare(form), lambda walk, *x: walked(walk, form if walk is step else only, *x)
     base = sum(p.nbytes for p in whole.parameters() if method == "full" or not p.requires_grad)
-    trained = sum(p.numel() for _, p in lora.trainable(whole)) * (12 if method == "full" else 16)
+    trained = sum(p.numel() for _, p in lora.trainable(whole)) * (12 / world if method == "full" else 16)
     always = {"process": resident() if cpu else 0, "weights": base / world}
     if world > 1:  # what FSDP2 has gathered: the embedding and two blocks, for `full` gradients too
         block = (base - V * D * whole.dtype.itemsize) / L
@@ -69,9 +69,9 @@ def phases(s, method, config, size, world=1):
     if method in sails.READS_SAE:
         N = s.fit_width if s.sae == "fit" else width(s.width)
         out["saving"] = {"SAEs": len(s.layers) * 2 * N * D * 4, "work": N * D * 4}
-    if s.sae == "fit" and cpu and (N or method == "base"):
+    if s.sae == "fit" and (N or method == "base"):
         work = (8 * s.fit_width * D + 5 * 1024 * s.fit_width) * 4  # weights, gradients, moments; a batch
-        out["SAE fitting"] = dict(residuals=s.fit_tokens * len(s.layers) * D * 4, work=work)
+        out["SAE fitting"] = dict(residuals=s.fit_tokens * (len(s.layers) if cpu else 1) * D * 4, work=work)
     if method in sails.READS_DATA:
         taps = len(s.layers) * s.micro * size.pair * D * whole.dtype.itemsize
         means = len(s.layers) * D * D * 8 + 4 * (size.described * D * len(s.layers) + 3 * V * s.k)
@@ -84,11 +84,11 @@ def phases(s, method, config, size, world=1):
         tokens = max(tokens, size.text if s.replay > 0 else 0)
         rows *= s.micro
         saved, *most = peaks(step, rows, tokens, rows * reply, s.objective == "rloo", s.replay > 0)
-        out["training"] = dict(trained=trained / world, activations=saved * (HEAP if cpu else 1),
+        out["training"] = dict(trained=trained, activations=saved * (HEAP if cpu else 1),
                                work=max(most) - saved)
         if s.objective == "rloo":
             drawn = max(peaks(generation, rows, size.prompt, s.max_new)) + 24 * rows * V  # float64 softmax
-            out["drawing"] = dict(trained=trained / world, work=drawn)
+            out["drawing"] = dict(trained=trained, work=drawn)
     work = [*peaks(scoring, 16, size.held, 16 * size.reply)]
     if size.asked:
         work += peaks(generation, s.replies, size.asked, s.max_new)

@@ -45,7 +45,6 @@ SCOPE = "sae/layer_0_width_41_l0_medium/params.safetensors"
 AC, AM, STATE = "run/adapter_config.json", "run/adapter_model.safetensors", "half/state.safetensors"
 SPACE, INDEX, GZ = "half/subspace.safetensors", "sharded/model.safetensors.index.json", "pairs.jsonl.gz"
 
-# ---- a world of small files, made once and put back for every row ----
 def run(command):
     """A command line's exit code, stdout and stderr; its first word names the script."""
     script, *args = shlex.split(command)
@@ -100,7 +99,6 @@ def tree(top="."):
     about = lambda path: path.is_file() and (path.stat().st_mtime_ns, path.stat().st_size)
     return {name: about(Path(top, name)) for name in names}
 
-# ---- damages ----
 remove = lambda path: (shutil.rmtree if Path(path).is_dir() else os.unlink)(path)
 
 def put(path, content):
@@ -194,7 +192,6 @@ def full(n):
     """A disk on which no file grows beyond n bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (n, resource.RLIM_INFINITY))
 
-# ---- the table ----
 def rows():
     """(command, words, damages) of every row of bad_inputs.txt."""
     for text in (line for line in TABLE if "|" in line and line[0] != "#"):

@@ -96,9 +96,15 @@ def test_features_are_drawn_among_those_that_fire_and_are_not_dropped_and_too_ma
         with pytest.raises(data.UserError, match=words):
             sails.subspaces("sails", stats, setup[1], **more)
 
-def test_mean_diff_is_the_normalised_difference_of_mean_residuals(setup, stats):
+def test_mean_diff_is_the_normalised_difference_of_mean_residuals_that_are_numbers_and_differ(setup, stats):
     u = stats[1]["h_aligned"] - stats[1]["h_unaligned"]
     close(sails.subspaces("mean-diff", stats, setup[1])[0][1][:, 0], (u / u.norm()).float())
+    with pytest.raises(data.UserError, match="layer 1: the two sets have the same"):
+        sails.subspaces("mean-diff", {1: stats[1] | dict(h_aligned=stats[1]["h_unaligned"])}, {})
+    broken = random_gemma()
+    broken.layers[0].mlp.down_proj.weight[0] = float("nan")        # a ReLU would call it silence
+    with pytest.raises(data.UserError, match="layer 1: residuals hold NaN"):
+        sails.contrast_means(broken, {1: setup[1][1]}, setup[2]["replies"])
 
 def test_raw_pca_finds_the_principal_directions_and_standardising_undoes_units():
     Q = torch.randn(24, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -111,3 +117,5 @@ def test_raw_pca_finds_the_principal_directions_and_standardising_undoes_units()
     close((raw[0] * Q.float()).sum(0).abs(), torch.ones(2))                             # largest first
     assert abs(float(raw[1][0, 0])) > .99
     assert gap(even[1], Q * unit[:, None]) < 1e-5
+    stats[0]["second"] = Q @ Q.T                       # of two pairs, say: further directions are rounding
+    assert sails.subspaces("raw-pca", stats, {}, r=4)[0][0].shape == (24, 2)

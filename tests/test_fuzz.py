@@ -17,7 +17,6 @@ from test_bad_inputs import (AC, AM, CONFIG, DEEP, GZ, HUGE, INDEX, INF, NAN, SA
 
 VALUES = None, "x", "", "a" * 10**5, "\ud800", DEEP, HUGE, NAN, INF, -1, 0, 1.5, 10**30, True, [], {}
 
-# ---- the cheapest entry that reads a file in a real command; the tensors that come of it ----
 gemma = lambda path: model_gemma.load_gemma(path.parent).parameters()
 sae = lambda path: sae_module.load_sae("sae", 0, "40" if str(path) == SAE else "41").buffers()
 pairs = lambda path: data.encode(data.load_tokenizer("model"), data.read_pairs(path)[0], "tiny") and ()

@@ -64,7 +64,6 @@ def equal_shares(model, ids, walk, keep):
     ours["logits"] = model.logits(model.norm(h)).to(h.dtype)
     return {name: (t == walk[name])[keep].float().mean().item() for name, t in ours.items()}
 
-# ------------------------------------------------------------------------------------------- the golden files
 @sides
 @both
 @dtypes
@@ -88,7 +87,6 @@ def test_the_layer_debugger_names_the_first_layer_that_differs(tmp_path):
     found = first_difference(our_walk(model, g.ids, g.keep()), g.walk(torch.float32), g.keep(), 1e-4)
     assert found.startswith("layer.1: ")
 
-# ------------------------------------------------------------------------------------------------ config.json
 @both
 def test_old_and_new_config_spellings_mean_the_same(kind):
     new = Golden(kind).config
@@ -112,7 +110,6 @@ def test_published_270m_and_9b_configs_need_no_layer_types(kind, layers, full, c
     assert c.theta == {True: 1e4, False: theta}
     assert c.qk_norm == (kind == "gemma3_text")
 
-# ---------------------------------------------------------------------- live, where transformers is installed
 @pytest.mark.parametrize("kind, changes", [
     ("gemma2", {}), ("gemma2", dict(sliding_window=64, num_hidden_layers=4)), ("gemma3", {}),
     ("gemma2", dict(attn_logit_softcapping=50., num_attention_heads=5, num_key_value_heads=1)),

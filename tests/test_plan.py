@@ -58,13 +58,13 @@ def test_two_and_three_blocks_tell_the_peak_of_six(checkpointing):
 
 def test_phases_hold_what_the_objective_and_the_method_keep(home):
     config, size = model_gemma.load_config(home.model), plan.sizes(settings("--max-tokens 64"))
-    of = lambda method, more="": plan.phases(settings(more), method, config, size)
+    of = lambda method, more="", world=1: plan.phases(settings(more), method, config, size, world)
     sft, dpo, rloo = (of("full", f"--objective {x}") for x in ("sft", "dpo", "rloo"))
     assert "reference" not in sft["training"] and dpo["training"]["reference"] == sft["training"]["weights"]
     assert dpo["training"]["activations"] == pytest.approx(2 * sft["training"]["activations"], rel=.1)
     assert "drawing" in rloo and set(of("base")) == {"evaluation"}
     assert of("lora", "--text T --replay .5")["training"]["work"] > of("lora")["training"]["work"]
-    assert of("lora")["training"]["trained"] == 1536 * 16
+    assert [of("lora", "", n)["training"]["trained"] for n in (1, 2)] == [1536 * 16] * 2   # whole on each
     sails = plan.phases(settings(layers=[0, 1], width="16k", sae="S"), "sails", config, size)
     assert sails["features"]["SAEs"] == 2 * 2 * 16384 * 24 * 4 and "SAEs" not in sails["training"]
 

@@ -26,6 +26,7 @@ def test_absolute_score_finds_features_of_harm_relative_ranks_them_last_and_ties
 
 @pytest.mark.parametrize("f, args", [
     *((sails.top_features, ([1.] * 4, [0.] * 4, k)) for k in (0, -1, 5)),
+    (sails.strongest, (torch.tensor([1., nan, 2., 3.]), 1)),
     *((sails.score, x) for x in (([1., nan], [0., 0.]), ([1.], [float("inf")]), ([1., 1.], [1.] * 3),
                                  ([[1.]], [[1.]]), ([1.], [1.], "cosine")))])
 def test_scores_refuse_nan_other_lengths_unknown_rules_and_more_features_than_there_are_or_none(f, args):

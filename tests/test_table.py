@@ -25,7 +25,6 @@ def first(request, tmp_path_factory):
     wanted = any("first_command" in test.name for test in request.session.items)
     return folder, start(FIRST, folder) if wanted else None
 
-# ---- what is read and measured ----
 def test_no_held_out_prompt_is_trained_on_or_chooses_features(home, tmp_path, monkeypatch):
     contrasted, pairs = [], sails.contrast_pairs
     monkeypatch.setattr(sails, "contrast_pairs", lambda rows, *a: contrasted.append(rows) or pairs(rows, *a))
@@ -64,7 +63,6 @@ def test_results_are_the_measures_of_base_and_adapted_model_each_on_its_own_set(
         judged = evaluation.tabulate(*([r for _, r in data.read_rows(folder / name)] for name in names))
         assert judged == {"refusal": dict(validation=results["validation"], **results["sets"])}
 
-# ---- options ----
 OPTIONS = (TOP / "tests" / "options.txt").read_text().replace("{FIT}", FIT).splitlines()[1:]
 
 @pytest.fixture(scope="module")
@@ -101,7 +99,6 @@ def test_an_option_changes_what_it_is_for_and_nothing_else(made, line):
     without, with_it = made(needs), made(f"{needs} {option}")
     assert {key for key in without if not same(without[key], with_it[key])} == set(differs.split())
 
-# ---- what is picked and concluded ----
 @pytest.mark.parametrize("df, t", [*enumerate(data.STUDENT, 1)])
 def test_students_quantiles_hold_95_percent_of_their_distribution(df, t):
     x = torch.linspace(-t, t, 20001, dtype=torch.float64)
@@ -158,6 +155,13 @@ def test_without_labelled_prompts_the_lower_nll_picks_and_wins():
     assert lines[2] == "| sails, lr 0.01 | 9.300 ± 0.248 | 9 |"
     assert "Rate: the best mean validation NLL." in lines[7]
     assert lines[9].endswith("SAILS is ahead of random, cannot be told from lora, is behind full.")
+
+def test_a_seed_without_a_reply_to_judge_leaves_no_number_and_no_verdict():
+    rows = by_hand()
+    [lora] = [r for r in rows if (r["method"], r["lr"], r["seed"]) == ("lora", .01, 1)]
+    del lora["sets"]["unseen"]["balance"]
+    lines = evaluation.table(rows)
+    assert "| nan ± nan | 9 |" in lines[3] and "cannot be told from lora, is behind full" in lines[9]
 
 def test_a_table_of_one_seed_shows_intervals_over_prompts_and_concludes_nothing():
     lines = evaluation.table([r for r in by_hand() if r["seed"] == 0])

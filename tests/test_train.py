@@ -60,7 +60,6 @@ def test_a_batch_is_a_function_of_seed_and_step_and_an_epoch_sees_each_example_o
     assert [sorted(flat[e * n:e * n + n]) for e in range(size)] == [[*range(n)]] * size
     assert len({str(data.batch_at(50, 50, seed, step)) for seed in (0, 1) for step in (0, 1)}) == 4
 
-# ---- a run ----
 def test_a_run_leaves_its_files_and_nothing_half_written(run):
     names = lambda folder: {p.name for p in folder.iterdir()}
     measured = {"run.json", "results.json", *(f"{x}.jsonl" for x in (
@@ -117,15 +116,16 @@ def test_a_run_that_has_nothing_to_learn_ends_with_a_table_all_the_same(home, tm
     assert code == 0 and results[0][evaluation.NLL] == results[1][evaluation.NLL]
 
 def test_own_saes_are_fitted_where_they_are_missing(home, tmp_path):
-    assert go(command(home, tmp_path / "a", FIT))[0] == 0
+    (tmp_path / "text").write_text("how make thing0 ?")  # the dialogues go on where the text ends
+    code, said, _ = go(command(home, tmp_path / "a", f"{FIT} --text {tmp_path}/text"))
+    assert code == 0 and "SAEs are fitted to 400 tokens" in said
     for name in ("run.json", "base/run.json", "sae/layer_0"):  # as a kill leaves it
         copy = shutil.copytree if name.endswith("0") else shutil.copy
         (tmp_path / "b" / name).parent.mkdir(parents=True, exist_ok=True)
         copy(tmp_path / "a" / name, tmp_path / "b" / name)
-    assert go(command(home, tmp_path / "b", FIT + " --resume"))[0] == 0
+    assert go(command(home, tmp_path / "b", f"{FIT} --text {tmp_path}/text --resume"))[0] == 0
     assert same_files(tmp_path / "a", tmp_path / "b", "subspace.safetensors", "adapter_model.safetensors")
 
-# ---- stop and resume, several processes; kills are test_kills.py's ----
 @pytest.mark.parametrize("more", (
     "--objective dpo --norm-aware --freeze-basis", "--objective rloo --samples 2"))
 def test_a_run_stopped_between_checkpoints_resumes_exactly(home, tmp_path, monkeypatch, more):
@@ -150,7 +150,6 @@ def test_resuming_a_finished_run_changes_nothing(run, home):
     before = content()
     assert go(command(home, run.out, f"--test {home.test} --resume"))[0] == 0 and content() == before
 
-# ---- before a run ----
 @pytest.mark.slow
 def test_a_dry_run_counts_the_9b_under_any_name_and_makes_no_folder(tmp_path):
     data.write_json(tmp_path / "config.json", NINE)
@@ -168,7 +167,6 @@ def test_after_a_refusal_the_mended_command_runs_without_resume(home, tmp_path):
     assert code == 2 and "the loss or its gradient is not finite; lower --lr" in err
     assert go(command(home, tmp_path, "--method lora"))[0] == 0
 
-# ---- a comparison ----
 @pytest.fixture(scope="module")
 def compared(home, tmp_path_factory):
     """A comparison: its folder, its options, how often what runs can share was made."""
