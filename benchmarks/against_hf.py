@@ -445,7 +445,7 @@ def published(name, device):
             print(f"  {side}: {time.perf_counter() - began:.0f} s in all", flush=True)
     losses = [row["loss"] for row in rows if "loss" in row]
     print(f"  first losses: {', '.join(f'{x:.5f}' for x in losses)}", flush=True)
-    if max(losses) - min(losses) > 2e-2:
+    if max(losses, default=0) - min(losses, default=0) > 2e-2:
         sys.exit("the first losses do not agree")
     return table(f"{title}, bf16, {device}", COLUMNS, [*rows, compared(*rows)])
 
@@ -464,23 +464,30 @@ def table(title, columns, rows):
     return ["", title, "", "| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|",
             *("| " + " | ".join(cell(row.get(key, "-")) for key in columns) + " |" for row in rows)]
 
+@contextlib.contextmanager
+def memory_said():
+    """Print that a job is out of memory; the others are still asked for."""
+    try:
+        yield
+    except MemoryError as e:
+        print(f"  {e}", flush=True)
+
 def one_side(r, tokens, new):
     """A side's row: 3 steps to warm up, 8 timed, without and with checkpointing; forward and generation."""
     row = dict(side=r.side)
     speed = lambda job, n, times: n / statistics.median(r.ask(job, times=times)["seconds"])
     for job, key, n, times in (("forward", SPEEDS[0], tokens, 8), ("fixed", SPEEDS[1], new, 1)):
-        r.ask(job, times=1)
-        row[key] = speed(job, n, times)
+        with memory_said():
+            r.ask(job, times=1)
+            row[key] = speed(job, n, times)
     for rate, size in zip(SPEEDS[2:], SIZES):
         if rate == SPEEDS[3]:
             r.ask("checkpointing")
         r.ask("peak", reset=True)
-        try:
+        with memory_said():
             row.setdefault("loss", r.ask("step", times=3)["loss"])
             row[rate] = speed("step", tokens, 8)
             row[size] = r.ask("peak")[0] / 1e9
-        except MemoryError as e:
-            print(f"  {e}", flush=True)
     return row
 
 def main():
