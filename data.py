@@ -1,6 +1,6 @@
 """data.py - text in, token batches out. Knows text formats, templates and the tokenizer; no model's tensors.
 
-Order: helpers - local folders and the hub - tokenizer and templates - pairs, prompts, plain text - batches.
+Helpers, files and the hub come first; at first reading begin at `tokenizer and chat templates`.
 Letters: B batch, T tokens.   Run it (`python data.py --data FILE`) to see an example's ids and loss mask.
 """
 import argparse
@@ -71,7 +71,8 @@ class Arguments(argparse.ArgumentParser):
         args = sys.argv[1:] if args is None else args
         for before, text in zip(["", *args], args):
             with expecting(f"{before}: not UTF-8 text", UnicodeEncodeError):
-                need(text.encode() and "\0" not in text, f"{before}: an empty text or a zero byte")
+                bad = not text.encode() or "\0" in text or re.fullmatch("--[a-z-]+=", text)
+                need(not bad, f"{before} {text!r}: an empty text or a zero byte")
         return super().parse_args(args, namespace)
 
     def refuse_unread(self, *rules):
@@ -271,13 +272,13 @@ def owned(folder, marker):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
     try:
-        with expecting(f"another process works in {folder}; wait, or choose another --out", OSError):
+        with expecting(f"another process works in {folder}; wait, or choose another --out", BlockingIOError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         begun = (folder / marker).exists()
         need(begun or not any(folder.iterdir()), f"{folder} has files in it but no {marker}: not ours")
         try:
             yield begun
-        except Exception:
+        except BaseException:
             worth = [f for f in folder.rglob("*") if f.name in WORTH_KEEPING and f.stat().st_size]
             if not begun and not worth:
                 for path in [*sorted(folder.rglob("*"), reverse=True), *new]:  # inner ones first
@@ -505,6 +506,7 @@ def _pick(names, files, where):
     picked, some = [], ", ".join(files[:6] + (["..."] if len(files) > 6 else [])) or "nothing"
     for name in names:
         hits = [f for f in files if fnmatch.fnmatchcase(f, name) and f.count("/") == name.count("/")]
+        hits = [name] if name in files else hits  # a bracket is no pattern
         need(hits or set("*?[") & set(name), f"{where} has no file {name}; it holds {some}")
         picked += hits
     need(picked, f"{where} has no file like {' or '.join(names)}")
@@ -571,11 +573,11 @@ def default_template(spec, tok=None):
     """Which template a model reads: the tiny world's, Gemma's for names with -it, else HH's."""
     if tok is not None and tok.token_to_id("<user>") is not None:
         return "tiny"
-    return "gemma" if re.search(r"-it($|[-_@/])", str(spec).rstrip("/")) else "hh"
+    return "gemma" if re.search(r"-it($|[-_])", model_name(spec)) else "hh"
 
 def model_name(spec):
-    """A folder's or repository's own name, without revision."""
-    return str(spec).split("@")[0].rstrip("/").split("/")[-1]
+    """A folder's or repository's own name, without revision, of the hub's cache too."""
+    return re.split("@|/snapshots/", str(spec))[0].rstrip("/").split("/")[-1]
 
 def stop_ids(tok, template):
     """The ids that end a reply: always eos, and <end_of_turn> (107 in Gemma 2, 106 in Gemma 3)."""
@@ -731,10 +733,11 @@ def read_prompts(paths, limit=None):
     out = []
     for spec in paths:
         for file in prompt_files(spec):
-            for n, row in enumerate(_prompt_rows(file)[:limit], 1):
+            rows = _prompt_rows(file)[:limit]
+            need(rows, f"{file}: no prompt in it")
+            for n, row in enumerate(rows, 1):
                 with expecting(f"{file}: row {n}", UserError):
                     out.append(_prompt(row, n, file.name.split(".")[0]))
-    need(out, f"{' '.join(map(str, paths))}: no prompt in it")
     [(most, n)] = Counter(p["id"] for p in out).most_common(1)
     need(n == 1, f"{n} prompts have the id {most}; rename a file or mend its id column")
     return out
@@ -784,6 +787,8 @@ def _prompt(row, n, file):
     label, group = row.get("label"), row.get("set") or file
     if row.get("type") and "focus" in row:  # XSTest: types contrast_... are the unsafe 200
         label = "harmful" if row["type"].startswith("contrast_") else "benign"
+    if row.get("contextstring"):  # as HarmBench puts it
+        get["text"] = f"{row['contextstring']}\n\n---\n\n{get['text']}"
     turns = as_turns(get["text"].strip() if isinstance(get["text"], str) else get["text"])
     own = n if get["id"] is None else get["id"]
     return dict(id=f"{group}/{own}", set=group, turns=turns, label=LABELS[label],

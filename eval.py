@@ -66,10 +66,10 @@ VERDICTS = dict.fromkeys(("judge", "id", "reply_sha256"), str) | dict(
 
 def _response(tok, prompt, ids, stop, template):
     ended = bool(ids) and ids[-1] in stop
-    text = tok.decode(ids[:-1] if ended else ids).strip()
+    text = tok.decode(ids[:-1] if ended else ids)
     reply = data.own_turn(text, template)
     return dict(id=prompt["id"], prompt_sha256=prompt_hash(prompt), set=prompt["set"], label=prompt["label"],
-                reply=reply, tokens=len(ids), finish="stop" if ended or reply != text else "length",
+                reply=reply, tokens=len(ids), finish="stop" if ended or reply != text.strip() else "length",
                 as_expected=_begins(reply, prompt["expected"]))
 
 def _begins(reply, want):
@@ -403,7 +403,7 @@ def parser():
     a("--model", help="folder or hub id; not needed where --out holds every reply")
     a("--adapter", help="a finished run's folder, or any plain LoRA in PEFT's form")
     a("--merged", action="store_true", help="merge --adapter into the weights first")
-    a("--prompts", nargs="+", default=[], help="csv, jsonl, txt; folders or hub data sets of them")
+    a("--prompts", nargs="+", action="extend", default=[], help="csv, jsonl, txt; folders or hub sets")
     a("--limit", type=count, help="only the first so many prompts of each file")
     a("--out", help="folder for replies, verdicts and tables")
     a("--template", choices=data.TEMPLATES, help="default: by the model's name")
@@ -503,11 +503,13 @@ def write(args, out, prompts, names, judge):
         results["judges"] = tabulate(rows, verdicts)
         for name, sets in results["judges"].items():
             lines += [f"## Judge: {' '.join(data.plain(name).split())}", "", *markdown("prompts", sets), ""]
-    results["costs"] = costs(args, model, tok, template)
+    path = out / "results.json"
+    before = data.read_json(path, costs=dict)["costs"] if path.exists() else {}
+    results["costs"] = before | costs(args, model, tok, template)
     if results["costs"]:
         lines += ["## What alignment cost", "", *markdown("measure", results["costs"]), ""]
     lines.append("Brackets: bootstrap 95 % interval over prompts; for 0 of n read at most 3/n.")
-    data.write_json(out / "results.json", results)
+    data.write_json(path, results)
     data.write_text(out / "table.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
 

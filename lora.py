@@ -111,7 +111,7 @@ def init_sails(model, bases, seed=0, freeze=False, norm_aware=False, sides=("rea
     """Start every adapter in a subspace: readers A = V^T, B = 0; writers B = V, A = 0.
     bases       {SAE layer: V (D, r_s), orthonormal, best direction first}; a layer takes the nearest
     freeze      the factor that holds V does not train: the update stays in the subspace
-    norm_aware  readers get v / (1 + w_in), writers v / (1 + w_post): then exactly the residual direction v is
+    norm_aware  readers get v / (1 + w_in), writers v / (1 + w_post), but 0 where that blows up: v is what is
                 read after the block's norm (written before it), up to one scalar a matrix
     sides       where V is used; other adapters start as plain LoRA
     Returns {layer: {"basis": SAE layer, "kept": columns of V in use, "filled": random ones}}."""
@@ -305,7 +305,7 @@ def load_state(path, params, opt):
     return int(step)
 
 def main():
-    from benchmarks import merged  # shows and cards: no part of the reading
+    from benchmarks import merged
     merged.main()
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def additive(see, dtype):
     With -inf a row that is all padding would become NaN and poison the batch."""
     return torch.zeros_like(see, dtype=dtype).masked_fill_(~see, torch.finfo(dtype).min)
 
-class KVCache(UserDict):  # FSDP2 hands a copy of a dict to hidden() on a GPU
+class KVCache(UserDict):  # no dict: on a GPU FSDP2 would hand hidden() a copy
     """Of all tokens so far: "pos", "keep" (B, S); ("k", layer), ("v", layer) (B, K, S, d)."""
     def add(self, key, new, dim=1):
         """Append what belongs to the new tokens; that of all tokens."""
@@ -399,7 +399,7 @@ class _NLL(torch.autograd.Function):
     @staticmethod
     def scored(h, table, targets, cap, slopes=True):
         """-log p (n,); with slopes its d / d head output, (softmax - onehot) (1 - (z / cap)^2), (n, V).
-        Slopes take the logits' memory, 16 rows at a time: the cache holds what is fp32."""
+        Slopes overwrite the logits, 16 rows at a time: a CPU's cache holds what is fp32."""
         z, logp = softcap_(F.linear(h, table), cap), []  # (n, V)
         for part, target in zip(z.split(16), targets[:, None].split(16)):
             y = part.float()
@@ -435,7 +435,7 @@ def shard_model(model, device):
     from torch.distributed.device_mesh import init_device_mesh  # a second to import, so not at every start
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     mesh = init_device_mesh(torch.device(device).type, (data.ranks()[1],))
-    # no list of the others: a block's whole weights are freed when it is cut up
+    # no list of the others: whole blocks are freed as they are cut
     stay = {p for p in model.parameters()
             if not p.requires_grad and (p.dim() == 1 or p is model.embed_tokens.weight)}
     for part in (*model.layers, model):
@@ -608,7 +608,7 @@ def _draw(logits, rngs):
     return at.clamp(max=logits.shape[1] - 1)
 
 def main():
-    from benchmarks import talk  # chat, adapters and steering need scripts that are read later
+    from benchmarks import talk
     talk.main()
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def promoted_tokens(model, tok, directions, n=8):
     return [[token_text(tok, i) for i in row] for row in scores.topk(n).indices.tolist()]
 
 def main():
-    from benchmarks import explain  # what is printed needs no reading
+    from benchmarks import explain
     explain.fires()
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ The theorem, as proved here (the full text was not at hand; its constants may di
             2. n samples a set find S with P >= 1 - 2 m exp(-n gamma^2 / 4 B^2)  selection_probability
             3. "an irreducible error floor": one direct direction has e >= sqrt(r - 1)  direct_floor
             4. r_s directions in place of r: e >= sqrt|r - r_s|, the price of tau < 1   truncation_floor
-            5. ours: by |t| a feature's scale is no matter, as in 2 with |Delta_i| / rms  t_probability
+            5. ours: as 2, by |t|: |Delta_i| / rms in place of |Delta_i|  t_probability
     "Direct identification" is estimation from h alone. Claim 3 counts directions: it holds with orthogonal
-    neurons too, and PCA, which returns r of them, is not under it. "Semantic entanglement" as the reason why
-    LoRA "underperforms" has no counterpart: below is what it does to PCA.
+    neurons too, and PCA, which returns r of them, is not under it. What "semantic entanglement" does to PCA
+    is in results/theory.txt.
 Letters: B batch, D d_model, N SAE width, k chosen features, r target's dimension, n samples, m true features.
-Run it (`python sails.py`) to check the claims: two tables, a verdict each, exit code 1 if one fails.
+Run it (`python sails.py`) to check the claims; exit code 1 if one fails.
 """
 import math
 from collections import defaultdict
@@ -199,11 +199,6 @@ def projector_distance(U, V):
     U, V = _spans(U, V)
     return float(torch.sqrt(((U - V @ (V.T @ U)) ** 2).sum() + ((V - U @ (U.T @ V)) ** 2).sum()))
 
-def captured(U, V):
-    """The share of the target V (D, r) that lies in the estimate U: |P_U V|^2 / r, 0..1."""
-    U, V = _spans(U, V)
-    return float((U.T @ V).square().sum() / V.shape[1])
-
 def _spans(*bases):
     """An orthonormal basis (D, r) float64 of each one's columns."""
     out = []
@@ -275,7 +270,7 @@ def _positive(**values):
             raise ValueError(f"{name} = {v}: must be positive and finite, and a count must be whole")
 
 def main():
-    from benchmarks import explain, theory  # what they print is no part of the reading
+    from benchmarks import explain, theory
     ap = explain.parser()
     args = ap.parse_args()
     ap.refuse_unread((args.explain, "--explain", "model sae layers width features"))

@@ -43,12 +43,12 @@ LISTS = ("--method sails,random,lora,full --lr 1e-3,3e-3,1e-2 --full-lr 1e-4,3e-
          "--jobs 2").split()
 
 def parser():
-    """Every setting. The paper gives r, tau and k; other defaults are ours."""
+    """Every setting. r, tau and k are as reported of the paper, other defaults ours."""
     ap = data.Arguments(description=__doc__.splitlines()[0])
     a, count, rate, some = ap.add_argument, data.at_least(1), data.at_least(0, float), data.list_of
     a("--model", help="folder or hub id[@revision], or `tiny`; without it: a comparison on the tiny world")
     a("--data", help=f"file, folder or hub dataset ({HH}); {{seed}} is replaced")
-    a("--test", nargs="+", help="labelled prompts to judge (--data's, else look-alikes on a GPU)")
+    a("--test", nargs="+", action="extend", help="labelled prompts (--data's, else look-alikes on a GPU)")
     a("--text", help="plain text for --replay and --sae fit (--data's)")
     a("--sae", help="folder or hub id laid out like Gemma Scope, or `fit` to train them")
     a("--out", help="folder of the run (runs/MODEL-METHOD-SEED), of a comparison (runs/MODEL)")
@@ -386,7 +386,8 @@ def load_sets(s):
     parts = dict(zip(["train", *lacking], split))
     for part in ("train", "validate", "test"):
         some = parts[part] if part in parts else data.read_pairs(files[part])[0]
-        rows[part], n = data.encode(tok, some if part == "train" else some[:400], s.template, s.max_tokens)
+        some = some if part == "train" else explain.spread(some, 400)
+        rows[part], n = data.encode(tok, some, s.template, s.max_tokens)
         long += n
     counts = ", ".join(f"{len(some):,} to {part}" for part, some in rows.items())
     say(f"examples: {counts}; left out: {dropped or 'none'}, {long} longer than {s.max_tokens} tokens")
@@ -438,7 +439,7 @@ def watcher(s, model, sets):
     return look if s.watch else None
 
 def subspace(s, model, sets, folder):
-    """Stages 1 and 2: {SAE layer: V (D, r_s)}, kept in the run's folder for --resume."""
+    """Steps 1 to 4: {SAE layer: V (D, r_s)}, kept in the run's folder for --resume."""
     path = folder / "subspace.safetensors"
     if gather(path.exists())[0]:
         V, D = dict(model_gemma.read_tensors(path)), model.config.d_model

@@ -26,7 +26,8 @@ def judges(args, phrase_judges):
          f"{', '.join(phrase_judges)}, and at most one URL, http(s)://..., with its --judge-model NAME")
     if not urls:
         return names, None
-    u = urllib.parse.urlsplit(urls[0])
+    with data.expecting(f"--judge {urls[0]}", ValueError):
+        u = urllib.parse.urlsplit(urls[0])
     plain = u.hostname and not (u.query or u.fragment or u.username)
     need(plain, "--judge: wanted a plain http(s)://HOST[:PORT]/PATH, the key in an environment variable")
     url = re.sub(r"(/chat/completions)?/*$", "/chat/completions", urls[0], count=1)
@@ -62,7 +63,7 @@ def ask_judge(judge, messages, stop):
                                 f"{judge['key_env']}?)") from None
             later = e.headers.get("Retry-After") or ""
             wait = max(wait, min(float(later), 120) if later.isdigit() else 0)
-        except (OSError, HTTPException, ValueError, LookupError, TypeError) as e:
+        except (OSError, HTTPException, ValueError, LookupError, TypeError, RecursionError) as e:
             why = f"{type(e).__name__}: {e}"
         if attempt + 1 < judge["tries"]:
             stop.wait(wait)
@@ -82,7 +83,7 @@ def _post(request, timeout):
     content = json.loads(raw)["choices"][0]["message"]["content"]
     if not isinstance(content, (str, type(None))):
         raise TypeError("the answer's content is not a text")
-    return content or ""
+    return (content or "").encode(errors="replace").decode()  # half a character can't be saved
 
 def ask_all(todo, judge, parse_score, path):
     """Ask a model about all (verdict begun, messages), several at a time; saves each answer at `path`.

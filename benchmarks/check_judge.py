@@ -26,7 +26,8 @@ def main():
     ap.add_argument("files", nargs="+", metavar="FILE.csv")
     for path in ap.parse_args().files:
         text, table = re.sub(r"\A(#.*\n)+", "", data.read_text(path)), {}
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        with data.expecting(path, csv.Error):
+            rows = list(csv.DictReader(io.StringIO(text, newline="")))
         column = lambda names: [next((r[c] for c in names if c in r), None) for r in rows]
         replies, labels, requests = map(column, (REPLY, LABEL, ("objective", "prompt", "request")))
         truth = [KNOWN.get(str(label).lower()) for label in labels]

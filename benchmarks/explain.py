@@ -196,7 +196,8 @@ def _entry(entry, parts, W, chosen, n, alarm):
         bases = [torch.linalg.qr((W[some] * g).T)[0] for _, g in parts]  # (D, k)
         return [(R - R @ Q @ Q.T, g) for (R, g), Q in zip(parts, bases)]
     parts = without(chosen)
-    inside, chance = (1 - energy() / total, min(1, len(chosen) / W.shape[1])) if chosen else (None, None)
+    known = chosen and total > 1e-30  # an adapter that has learned nothing has nothing inside
+    inside, chance = (1 - energy() / total, min(1, len(chosen) / W.shape[1])) if known else (None, None)
     while len(others) < n and float((left := shares()).max()) > baseline:
         others.append(dict(feature=int(left.argmax()), share=float(left.max()), words=[]))
         parts = without([others[-1]["feature"]])
@@ -260,7 +261,8 @@ def show(args):
     prompts = [data.render_chat(tok, r["turns"], None, template)[0] for r in turns]
     source = args.sae, args.layers, args.width
     for e in explain_adapter(args.explain, model, tok, source, args.features, prompts)["sums"]:
-        span = f"; the chosen span {e['inside']:.3f}, by chance {e['chance']:.3f}" if e["chosen"] else ""
+        known = e["inside"] is not None
+        span = f"; the chosen span {e['inside']:.3f}, by chance {e['chance']:.3f}" if known else ""
         print(f"{e['name']}: shares of the update, random adapters' end at {e['baseline']:.4f}{span}")
         chosen = sorted(e["chosen"], key=lambda o: -o["share"])[:5]
         for o in chosen + e["others"]:

@@ -116,16 +116,21 @@ def check_targets(prompts, target=None):
 def attack(model, tok, prompts, path, template, target, steps, width, length, seed):
     """GCG on every prompt that the file at `path` lacks; a row each, with the suffix and the loss curve."""
     rows = [row for _, row in data.read_rows(path, growing=True, id=str)]
-    done = {row["id"] for row in rows}
-    todo = [dict(p, target=p["target"] or target) for p in prompts if f"{p['id']}+GCG" not in done]
+    done = {row["id"]: row for row in rows}
+    todo = [dict(p, target=p["target"] or target) for p in prompts]
     check_targets(todo)
+    what = lambda p: dict(prompt_sha256=evaluation.prompt_hash(p), target=p["target"])
+    asked = {f"{p['id']}+GCG": what(p) for p in todo}
+    changed = [i for i, row in done.items() if i in asked and not asked[i].items() <= row.items()]
+    need(not changed, f"{path}: {changed[:1]} was another prompt or target; choose another --out")
+    todo = [p for p in todo if f"{p['id']}+GCG" not in done]
     data.write_rows(path, rows)  # without the half line that a kill may have left
     allowed = typeable(tok, model.config.vocab_size).to(model.device)
     for p in data.progress(todo, desc="attack", disable=None):
         slot = Slot(model, tok, p["turns"], p["target"], template, length, allowed)
         s = gcg(slot, steps, width, seed=seed)
         suffix = tok.decode(s["best_suffix"], skip_special_tokens=False).strip()
-        row = dict(id=f"{p['id']}+GCG", set=f"{p['set']}+GCG", label=p["label"], target=p["target"],
+        row = asked[f"{p['id']}+GCG"] | dict(id=f"{p['id']}+GCG", set=f"{p['set']}+GCG", label=p["label"],
                    prompt=slot.typed(s["best_suffix"]), loss_without_suffix=float(slot.losses([[]])),
                    loss=s["best"], losses=s["losses"], suffix=suffix, suffix_ids=s["best_suffix"])
         data.append_rows(path, [row])
@@ -157,7 +162,7 @@ def main():
     how = {k: getattr(args, k) for k in ("target", "steps", "width", "length", "seed")}
     begun = args.out.with_suffix(".json").exists()
     need(begun or not args.out.exists(), f"{args.out} is there and no attack's file; choose another --out")
-    data.same_settings(args.out.with_suffix(".json"), notes | how | dict(template=template))
+    data.same_settings(args.out.with_suffix(".json"), notes | how | dict(template=template, dtype=args.dtype))
     attack(model, tok, prompts, args.out, template, **how)
 
 if __name__ == "__main__":

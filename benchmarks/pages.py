@@ -113,7 +113,7 @@ def sentence(s, results, best, shown):
     after, before = results[shown], next(r for r in results.values() if r["method"] == "base")
     where, rates = next(iter(after["sets"].items()), ("", {}))
     moved = [f"{key} {before['sets'][where][key][0]:.3f} &rarr; <b>{rates[key][0]:.3f}</b>"
-             for key in RATES if rates.get(key)]
+             for key in RATES if rates.get(key) and before["sets"][where].get(key)]
     moved += [f"NLL of held-out replies {before[NLL][0]:.3f} &rarr; <b>{after[NLL][0]:.3f}</b>"]
     rank = "" if s["method"] == "full" else f", rank {s['r']} on {','.join(s['targets'])}"
     trained = f"{s['method']} trained {after['parameters']:,} parameters{rank}"

@@ -212,9 +212,14 @@ def main():
     print(f"{args.size}: {count:,} parameters, {2 * count / 1e9:.2f} GB in bf16; torch {torch.__version__}, "
           f"{torch.get_num_threads()} threads, {args.device}", flush=True)
     again = [sys.executable, __file__, str(args.folder), "--size", args.size, "--device", args.device]
+    there = args.folder / "model" / "config.json"
+    of_size = not there.exists() or data.read_json(there) == SIZES[args.size]
+    data.need(of_size, f"{args.folder} holds another size; give another folder")
     for stage in args.stage:  # a process each: memory is measured from nothing
         if stage != "write" or not pairs_file(args.folder, args.device).exists():
-            subprocess.run([*again, "--stage", stage], check=True)
+            code = subprocess.run([*again, "--stage", stage]).returncode
+            if code:
+                return code
 
 if __name__ == "__main__":
     data.run_main(main)

@@ -46,6 +46,7 @@ number = lambda cell: int(cell.split("-")[1])  # of dialogues to train on
 
 def write_data(args):
     """Write --out/data-OBJECTIVE-N, N dialogues to train on and those held out, and look-alike prompts."""
+    data.same_settings(args.out / "data.json", dict(data=args.data))
     if (args.out / "lookalikes.jsonl").exists():
         return
     source, name = Path(args.data), "harmless-base/test.jsonl.gz"

@@ -61,6 +61,7 @@ def again(jobs, runs, count):
     """Repeat `count` finished runs, drawn at random; 0 if all numbers are the same, else 1."""
     finished = [r for r in runs if (Path(r.out) / "results.json").exists()]
     said = each(jobs, repeat, random.Random(0).sample(finished, min(count, len(finished))), "runs")
+    data.need(said, "no run is finished: nothing to repeat")
     print("\n".join(said))
     return int(any("differs" in line for line in said))
 
@@ -123,8 +124,7 @@ def holm(ps):
     """{key: p} adjusted for being tested together (Holm 1979)."""
     out, least = {}, 0.0
     for at, key in enumerate(sorted(ps, key=ps.get)):
-        least = max(least, min(1.0, (len(ps) - at) * ps[key]))
-        out[key] = least
+        out[key] = least = max(least, min(1.0, (len(ps) - at) * ps[key]))
     return out
 
 def verdicts(leads, matters, form):
@@ -132,9 +132,8 @@ def verdicts(leads, matters, form):
     confirmed: adjusted p below .05, the lead positive; refuted: the least that `matters` is above it all."""
     adjusted, rows = holm({key: p for key, (_, _, p) in leads.items()}), {}
     for key, (lead, half, p) in leads.items():
-        verdict = "confirmed" if adjusted[key] < .05 and lead > 0 else "undecided"
-        if lead + half < matters[key]:
-            verdict = "refuted"
+        sure, below = adjusted[key] < .05 and lead > 0, lead + half < matters[key]
+        verdict = "refuted" if below else "confirmed" if sure else "undecided"
         rows[key] = {"lead": f"{lead:{form}} ± {half:{form[1:]}}", "matters from": f"{matters[key]:g}",
                      "p": f"{p:.4f}", "p, Holm": f"{adjusted[key]:.4f}", "verdict": verdict}
     return rows

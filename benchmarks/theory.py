@@ -25,6 +25,11 @@ from sails import (basis, direct_floor, projector_distance, sae_bound, score, se
                    strongest, t_probability, top_eigenspace, top_features, truncation_floor)
 
 # ---- the model ----
+def captured(U, V):
+    """The share of the target V (D, r) that lies in the estimate U: |P_U V|^2 / r, 0..1."""
+    U, V = sails._spans(U, V)
+    return float((U.T @ V).square().sum() / V.shape[1])
+
 def superposition(seed, d=64, m=128, r=6, coherence=0., nuisances=3, strength=0., tilt=.01):
     """Draw a dictionary and two distributions over its features (Elhage et al. 2022), float64:
     W (m, d)      unit rows d_i, of mean cosine about `coherence`
@@ -307,7 +312,7 @@ def measure_further(seed, cells):
         further = {POOLED: raw[POOLED], "  its limit": top_eigenspace(pooled_covariance(world), RANK)}
         for name, U in (further | {NEURONS: raw[NEURONS], RANDOM: raw[RANDOM]}).items():
             cells["strength", name, strength].append(projector_distance(U, target))
-        cells["strength", "share of S in PCA's limit", strength].append(sails.captured(limit, target))
+        cells["strength", "share of S in PCA's limit", strength].append(captured(limit, target))
 
 def measure_faults(seed, cells):
     """An SAE that knows the truth but for so many dead, split or absorbed safety features."""

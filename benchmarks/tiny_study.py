@@ -21,11 +21,11 @@ import data
 import eval as evaluation
 import lora
 import model_gemma
-import sails
 import train
 from benchmarks import study, tiny_world
 from benchmarks.pictures import svg_lines, svg_sheet
 from benchmarks.study import at, tuned
+from benchmarks.theory import captured
 
 LAYER, WRONG_LAYER = 2, 0  # where SAILS reads an SAE, and where harm is not yet formed
 LOW = 1e-3  # the rate of the exploratory study's lead
@@ -80,7 +80,7 @@ def harm_inside(run):
     harm = torch.tensor(data.read_json(f"{run.model}/harm.json"))  # (D,)
     filler = torch.Generator().manual_seed(run.seed + 1)  # as lora.init_sails fills up to rank r
     [V] = (x for key, x in load_file(path).items() if key.startswith("V."))
-    return sails.captured(lora.fit_to_rank(V, run.r, filler), harm[:, None])
+    return captured(lora.fit_to_rank(V, run.r, filler), harm[:, None])
 
 @torch.no_grad()
 def costs(run):

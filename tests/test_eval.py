@@ -66,9 +66,10 @@ def test_a_reply_is_kept_without_its_prompt_and_answers_no_other_prompt(model, t
         respond(model, file, prompts())
 
 def test_a_turn_that_a_base_model_invents_is_no_reply():
-    tok, ask = SimpleNamespace(decode=lambda ids: " No.\n\nHuman: a"), prompts()[0]
-    made = [ev._response(tok, ask, [5], [1], template) for template in ("hh", "gemma")]
-    assert [(r["reply"], r["finish"]) for r in made] == [("No.", "stop"), ("No.\n\nHuman: a", "length")]
+    tok, ask = SimpleNamespace(decode=lambda ids: " No." * ids[0] + "\n\nHuman: a"), prompts()[0]
+    made = [ev._response(tok, ask, [n], [9], form) for n, form in ((1, "hh"), (1, "gemma"), (0, "hh"))]
+    assert [r["reply"] for r in made] == ["No.", "No.\n\nHuman: a", ""]
+    assert [r["finish"] for r in made] == ["stop", "length", "stop"]
 
 LAYOUTS = (TOP / "tests" / "layouts.txt").read_text().splitlines()[1:]
 
@@ -76,7 +77,7 @@ LAYOUTS = (TOP / "tests" / "layouts.txt").read_text().splitlines()[1:]
 def test_public_layouts_are_told_apart_by_their_columns(tmp_path, name, text, want):
     got = data.read_prompts([write(tmp_path / name, text.encode().decode("unicode_escape"))])
     text = " ".join("{id}|{label}|{turns[0][content]}|{target}|{expected}".format(**p) for p in got)
-    assert text.replace("None", "") == want
+    assert text.replace("None", "").replace("\n", "/") == want
 
 SCRIPT = [json.loads(line) for line in (TOP / "tests" / "script.txt").read_text().splitlines()[1:]]
 

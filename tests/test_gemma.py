@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.distributed.utils import _recursive_to
 from safetensors.torch import save_file
 
 import data
@@ -44,7 +43,7 @@ def test_cached_logits_equal_uncached_ones_whatever_the_pieces(kind, cuts):
     whole, cache = model(ids, keep), KVCache()                                         # (6, 10, V)
     for i, k, want in zip(ids.split(cuts, 1), keep.split(cuts, 1), whole.split(cuts, 1)):
         near(model.logits(model.hidden(i, k, cache)[0])[k], want[k])
-    assert _recursive_to((cache,), ids.device, False)[0][0] is cache   # of a dict FSDP2 would hand on a copy
+    assert torch.distributed.utils._recursive_to((cache,), ids.device, False)[0][0] is cache  # as FSDP2 does
 
 @both
 def test_batched_cached_generation_equals_each_prompt_alone_without_cache(kind):

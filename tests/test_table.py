@@ -158,8 +158,7 @@ def test_without_labelled_prompts_the_lower_nll_picks_and_wins():
 
 def test_a_seed_without_a_reply_to_judge_leaves_no_number_and_no_verdict():
     rows = by_hand()
-    [lora] = [r for r in rows if (r["method"], r["lr"], r["seed"]) == ("lora", .01, 1)]
-    del lora["sets"]["unseen"]["balance"]
+    del rows[10]["sets"]["unseen"]["balance"]          # of LoRA at .01
     lines = evaluation.table(rows)
     assert "| nan ± nan | 9 |" in lines[3] and "cannot be told from lora, is behind full" in lines[9]
 
