@@ -506,7 +506,6 @@ def _pick(names, files, where):
     picked, some = [], ", ".join(files[:6] + (["..."] if len(files) > 6 else [])) or "nothing"
     for name in names:
         hits = [f for f in files if fnmatch.fnmatchcase(f, name) and f.count("/") == name.count("/")]
-        hits = [name] if name in files else hits  # a bracket is no pattern
         need(hits or set("*?[") & set(name), f"{where} has no file {name}; it holds {some}")
         picked += hits
     need(picked, f"{where} has no file like {' or '.join(names)}")
