@@ -346,6 +346,10 @@ def headline(r):
         NLL, "prefers chosen, whole reply", "prefers chosen, per token")
     return {k: x for k in keys if (x := {**r, **rates}.get(k)) is not None}
 
+def value(r, column):
+    """A run's number in a column of headline(); nan where no reply was judged."""
+    return mean(headline(r).get(column, np.nan))
+
 def mean(x):
     """The mean of an interval, or a number as it is."""
     return x[0] if isinstance(x, (list, tuple)) else x
@@ -362,7 +366,7 @@ def table(results):
     best, seeds, rows = best_rates(results), len({r["seed"] for r in results}), {}
     for m, lr in best.items():
         mine = [r for r in results if (r["method"], r["lr"]) == (m, lr)]  # one a seed
-        over = lambda c: data.t_interval([mean(headline(r).get(c, np.nan)) for r in mine])
+        over = lambda c: data.t_interval([value(r, c) for r in mine])
         row = headline(mine[0]) if seeds == 1 else {c: over(c) for c in headline(mine[0])}
         name = "base" if m == "base" else f"{m}, lr {lr:g}"
         rows[name] = row | dict(parameters=mine[0].get("parameters"))
@@ -383,8 +387,7 @@ def table(results):
 def conclusion(results, title, rates):
     """One sentence: SAILS against each method at these rates, paired by seed, 95 % intervals."""
     measure, sign = ("balance", 1) if "balance" in headline(results[0]) else (NLL, -1)
-    shown = lambda r: mean(headline(r).get(measure, np.nan))  # without any reply there is no rate
-    values = {m: np.array([shown(r) for r in results if (r["method"], r["lr"]) == (m, lr)])
+    values = {m: np.array([value(r, measure) for r in results if (r["method"], r["lr"]) == (m, lr)])
               for m, lr in rates.items() if m != "base"}
     words = {"is ahead of": [], "cannot be told from": [], "is behind": []}
     for m in [m for m in values if m != "sails"]:

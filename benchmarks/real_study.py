@@ -46,9 +46,8 @@ number = lambda cell: int(cell.split("-")[1])  # of dialogues to train on
 
 def write_data(args):
     """Write --out/data-OBJECTIVE-N, N dialogues to train on and those held out, and look-alike prompts."""
-    data.same_settings(args.out / "data.json", dict(data=args.data))
-    if (args.out / "lookalikes.jsonl").exists():
-        return
+    if (args.out / "data.json").exists():
+        return data.same_settings(args.out / "data.json", dict(data=args.data))
     source, name = Path(args.data), "harmless-base/test.jsonl.gz"
     if not source.is_file():
         source = data.fetch(args.data, [name], "dataset")[0] / name
@@ -64,6 +63,7 @@ def write_data(args):
                 rows = [dict(prompt=r["prompt"], id=r["id"], response=r["chosen"]) for r in rows]
             data.write_rows(args.out / f"data-{kind}-{n}" / f"{part}.jsonl", rows)
     data.write_rows(args.out / "lookalikes.jsonl", [r for _, r in data.read_rows(train.LOOKALIKES)[:ASKED]])
+    data.same_settings(args.out / "data.json", dict(data=args.data))
 
 def runs_of(args, cell, methods=METHODS, options=("--sae", "fit"), folder=""):
     """{method: its runs (seeds, rates)} of a cell, "base" among them; SAEs are shared."""

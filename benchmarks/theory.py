@@ -25,11 +25,6 @@ from sails import (basis, direct_floor, projector_distance, sae_bound, score, se
                    strongest, t_probability, top_eigenspace, top_features, truncation_floor)
 
 # ---- the model ----
-def captured(U, V):
-    """The share of the target V (D, r) that lies in the estimate U: |P_U V|^2 / r, 0..1."""
-    U, V = sails._spans(U, V)
-    return float((U.T @ V).square().sum() / V.shape[1])
-
 def superposition(seed, d=64, m=128, r=6, coherence=0., nuisances=3, strength=0., tilt=.01):
     """Draw a dictionary and two distributions over its features (Elhage et al. 2022), float64:
     W (m, d)      unit rows d_i, of mean cosine about `coherence`
@@ -302,6 +297,11 @@ def measure_pairs(seed, cells, checks):
         checks["trained"].append((rows[TRAINED], rows["  bound from that eps"]))
         for name, value in rows.items():
             cells["pairs", name, n].append(value)
+
+def captured(U, V):
+    """The share of the target V (D, r) that lies in the estimate U: |P_U V|^2 / r, 0..1."""
+    U, V = sails._spans(U, V)
+    return float((U.T @ V).square().sum() / V.shape[1])
 
 def measure_further(seed, cells):
     """Further rows of sails.py's table over the strength of an entangled concept, on the same pairs."""
