@@ -13,6 +13,8 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
 import data
 import eval as evaluation
 import lora
@@ -191,3 +193,6 @@ def settle(s, runs, config, sets=None):
     say(f"memory: at most {total / 1e9:.2f} GB, in {phase} ({parts}), of {there / 1e9:.1f} free",
         f"{'chosen: ' * auto}--micro {t.micro}{' --checkpointing' * t.checkpointing}, "
         f"{t.replies} replies at a time")
+    if cpu and s.dtype == "bfloat16" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        say("bfloat16 trains slowly on this CPU: torch multiplies such matrices fast with AVX-512 alone;",
+            "float32 is faster by far, if it fits")

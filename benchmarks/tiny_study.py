@@ -1,6 +1,6 @@
 """tiny_study.py - confirm or refute: six hypotheses on 16 new worlds, by the rules of results/plan.md.
 
-    python benchmarks/tiny_study.py --out runs/study --results results     everything: 82 min, two busy cores
+    python benchmarks/tiny_study.py --out runs/study --results results     everything: 70 to 82 min, two cores
     ... --bases 100,101 --seeds 0                                          a part
     ... --again 20                 are 20 finished runs, drawn at random, reproducible?
 
