@@ -3,11 +3,10 @@
     python benchmarks/real_study.py --text FOLDER --out runs/real --dtype bfloat16
     ... --again 20      repeat 20 finished runs, drawn at random, and compare
 
-FOLDER: .txt files to fit SAEs on beside the dialogues; options not listed are train.py's. A cell is an
-objective and a number of training dialogues, which are nested. Every method runs at every rate with the first
-seed, validation picks its rate, that rate runs with every seed. best-240 is SAILS with what helps it alone at
-its rate, by validation. `mean` and `encoder` are SAEs whose features are chosen alike but have other decoder
-rows: without their part along the mean residual, or the encoder's columns. Writers get these rows too.
+FOLDER: .txt files to fit SAEs on beside the dialogues; other options are train.py's. A cell is an objective
+and a number of training dialogues. Every method runs at every rate with the first seed, validation picks one,
+which runs with every seed. best-240 is SAILS with what helps it alone at its rate, by validation: `mean` and
+`encoder` are SAEs of other decoder rows, without their part along the mean residual or the encoder's columns.
 """
 import itertools
 import math
@@ -146,9 +145,7 @@ def measured(runs, base, part="test", kind=None):
     kind, now, then = kind or runs[0].objective, scores(runs, part), scores([base], part)
     return interval(*losses(kind, now, then, base.beta))
 
-def validation(run, base):
-    """What picks a rate, in nats."""
-    return measured([run], base, "validate")[0]
+validation = lambda run, base: measured([run], base, "validate")[0]  # what picks a rate, in nats
 
 def refusals(run):
     """Per cent of harmful look-alikes that are refused, and of benign ones: (2,)."""
@@ -207,7 +204,7 @@ def report(args, base, done):
     for cell in dict.fromkeys(cell for cell, _ in done):
         lines += cell_table(cell, {m: it for (of, m), it in done.items() if of == cell}, base)
     features = data.read_text(Path(next(iter(done.values())).runs[0].out) / "features.md")
-    study.write_report(args, "real_study", "A real small run", lines, {
+    study.write_report(args, "real_study", "real_study", "A real small run", lines, {
         "real_study.csv": study.csv_text(list(csv_rows(done, base))), "real_features.md": features})
 
 def main():

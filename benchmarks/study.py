@@ -1,8 +1,7 @@
-"""study.py - what both studies share: runs of train.py done, read back and repeated; gaps, tests, verdicts.
+"""study.py - what the studies share: runs of train.py done, read back and repeated; gaps, tests, verdicts.
 
-A study is a list of train.py's own runs, a folder each. A finished folder is skipped, so an interrupted study
-continues, and every number of a report is read back from those folders. Bases (worlds, or dialogues) are the
-independent units of every interval and test.
+A study is a list of train.py's runs, a folder each. What is finished is skipped, so an interrupted study goes
+on; every number of a report is read back. Bases (worlds, or dialogues) are the units of intervals and tests.
 """
 import contextlib
 import csv
@@ -17,7 +16,6 @@ from types import SimpleNamespace
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import train
 
@@ -65,9 +63,9 @@ def again(jobs, runs, count):
     print("\n".join(said))
     return int(any("differs" in line for line in said))
 
-def write_report(args, name, title, lines, files):
+def write_report(args, script, name, title, lines, files):
     """Write NAME.md, these lines under a head, and other files {name: text}; print where they are."""
-    command = shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])
+    command = shlex.join(["python", f"benchmarks/{script}.py", *sys.argv[1:]])
     folder, text = args.results or args.out, "\n".join([f"# {title}", "", f"`{command}`", "", *lines])
     for file, content in ({f"{name}.md": text} | files).items():
         data.write_text(folder / file, content)

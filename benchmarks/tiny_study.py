@@ -1,20 +1,20 @@
-"""tiny_study.py - confirm or refute: six hypotheses on 16 new worlds, by the rules of results/plan.md.
+"""tiny_study.py - confirm or refute, on worlds never used before, by the rules of results/plan.md.
 
     python benchmarks/tiny_study.py --out runs/study --results results     everything: 70 to 82 min, two cores
-    ... --bases 100,101 --seeds 0                                          a part
-    ... --again 20                 are 20 finished runs, drawn at random, reproducible?
+    ... --second        the second study: what the first left open, in 20 more worlds, each seed with its SAE
+    ... --again 20      are 20 finished runs, drawn at random, reproducible?
 
 A base is a world: language, model, SAEs. A seed draws topics, pairs and batch order in it. All runs have the
 settings of `python train.py`, all seven projections, and what their arm changes.
 """
 import contextlib
+import itertools
 import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
@@ -25,7 +25,6 @@ import train
 from benchmarks import study, tiny_world
 from benchmarks.pictures import svg_lines, svg_sheet
 from benchmarks.study import at, tuned
-from benchmarks.theory import captured
 
 LAYER, WRONG_LAYER = 2, 0  # where SAILS reads an SAE, and where harm is not yet formed
 LOW = 1e-3  # the rate of the exploratory study's lead
@@ -48,40 +47,25 @@ TABLES = {
                  "harm alone": "--method sails --sae {home}/oracle --width 1 --k 1"}}
 ARMS = {arm: options for table in TABLES.values() for arm, options in table.items()}
 MATTERS = {"H2": 5., "H3": .5}  # from where on a gap matters: steps of 80; points, of the others 1
+OWN, LOW_ONLY = "--sae {home}/sae-{seed}", ("random features", "labels shuffled")
+SECOND = {"sails": f"{ARMS['sails']} {OWN}"} | {arm: ARMS[arm] for arm in OTHERS} | {
+    arm: f"{ARMS[arm]} {OWN} --lr {LOW:g}" for arm in LOW_ONLY}  # the second study's arms
 
 def variant(args, arm, options, rates=None):
     """Settings of an arm's runs (bases, seeds, rates), at every rate of its grid or at each base's own."""
     full, out = "--method full" in options, []
     where = [] if full else ["--targets", "q,k,v,o,gate,up,down"]
-    for i, base in enumerate(args.bases):
+    for (i, base), seed in itertools.product(enumerate(args.bases), args.seeds):
         home = args.out / f"world-{base}"
         argv = ["--model", home, *(word.replace(str(train.WORLD), str(home)) for word in train.TINY), *where,
-                "--device", "cpu", "--watch", 0, "--steps", args.steps,
-                *(word.format(home=home, seed="{seed}") for word in options.split()),
-                "--lr", rates[i] if rates else FULL_RATES if full else RATES, "--seed", args.seeds]
-        _, runs = study.combine(argv, args.out / f"base-{base}" / re.sub(r"\W+", "-", arm)).values()
-        out.append(runs)
-        for r in runs.flat:
-            r.contrast_data = r.contrast_data and r.contrast_data.replace("{seed}", str(r.seed))
-    return np.array(out)
-
-def make_base(task):
-    """Write a world (its folder, number, seeds), with all that the arms read; what is there is kept."""
-    home, base, seeds = task
-    study.call((tiny_world.make_world, home, base, seeds, (WRONG_LAYER, LAYER)))
-    tiny_world.make_controls(home, seeds, LAYER, SIZES)
+                "--device", "cpu", "--watch", 0, "--steps", args.steps, "--seed", seed,
+                "--lr", rates[i] if rates else FULL_RATES if full else RATES,
+                *(word.format(home=home, seed=seed) for word in options.split())]
+        folder = args.out / f"base-{base}" / f"seed-{seed}" / re.sub(r"\W+", "-", arm)
+        out += [*study.combine(argv, folder).values()][1].tolist()
+    return np.array(out).reshape(len(args.bases), len(args.seeds), -1)
 
 # ---- what train.py does not measure ----
-def harm_inside(run):
-    """Share of the harm direction inside a run's start, 0 to 1; None without a subspace."""
-    path = Path(run.out) / "subspace.safetensors"
-    if not path.exists():
-        return None
-    harm = torch.tensor(data.read_json(f"{run.model}/harm.json"))  # (D,)
-    filler = torch.Generator().manual_seed(run.seed + 1)  # as lora.init_sails fills up to rank r
-    [V] = (x for key, x in load_file(path).items() if key.startswith("V."))
-    return captured(lora.fit_to_rank(V, run.r, filler), harm[:, None])
-
 @torch.no_grad()
 def costs(run):
     """Facts, commentary and KL on neutral text of a finished run, kept in its folder."""
@@ -110,7 +94,8 @@ def row_of(run):
     r, cost = data.read_json(Path(run.out) / "results.json"), Path(run.out) / "costs.json"
     measured = evaluation.headline(r) | {"look-alike balance": r["sets"]["lookalike"]["balance"]}
     row = dict(rate=run.lr) | {f"validation {key}": r["validation"][key] for key in ("balance", "NLL")}
-    row |= {c: evaluation.mean(measured.get(c)) for c in COLUMNS} | {"harm inside": harm_inside(run)}
+    row |= {c: evaluation.mean(measured.get(c)) for c in COLUMNS}
+    row["harm inside"] = tiny_world.harm_inside(run)
     return row | dict.fromkeys(COSTS) | (data.read_json(cost) if cost.exists() else {})
 
 # ---- rules that choose a base's rate, beside study.tuned ----
@@ -119,13 +104,10 @@ def equal_safety(arm):
     safe = arm["validation balance"].mean(1) >= .95  # (bases, rates)
     return np.where(safe.any(1), safe.argmax(1), tuned(arm))
 
-def cautious(arm):
-    """The best validation balance as tuned, but of equal ones the lowest rate."""
-    return study.best(arm["validation balance"], -arm["rate"])
-
-def lowest(arm):
-    """The first rate for every base: LOW."""
-    return np.zeros(len(arm["rate"]), int)
+cautious = lambda arm: study.best(arm["validation balance"], -arm["rate"])  # of equal ones the lowest rate
+lowest = lambda arm: np.zeros(len(arm["rate"]), int)  # for every base the first, LOW
+SECOND_RULES = {"Tuned": (tuned, OTHERS), "Lowest of equal rates": (cautious, OTHERS),
+                f"At {LOW:g}": (lowest, ("lora", "random", *LOW_ONLY))}
 
 # ---- the report: arms are {name: arm} ----
 def lead(arms, ours, theirs, column="balance", rule=tuned, unit=100):
@@ -133,7 +115,7 @@ def lead(arms, ours, theirs, column="balance", rule=tuned, unit=100):
     return unit * (at(arms[ours], column, rule) - at(arms[theirs], column, rule))
 
 def leads(arms, steps):
-    """{comparison: (bases,)} of all hypotheses."""
+    """{comparison: (bases,)} of the first study's hypotheses."""
     few = [lead(arms, f"sails, {n} pairs", f"lora, {n} pairs") for n in SIZES] + [lead(arms, "sails", "lora")]
     x = -np.log2([*SIZES, PAIRS])  # one more a halving
     out = {f"H1 balance ahead of {m}": lead(arms, "sails", m) for m in OTHERS}
@@ -165,54 +147,77 @@ def figure(arms):
                                   f"share of harm in the start (r = {r:.2f})", scatter=True))
     return svg_sheet(pictures)
 
-def report(args, arms, steps):
-    """Write the report, its CSVs and figure."""
-    found, count = leads(arms, steps), lambda of: sum(arm["rate"].size for arm in of.values())
+def tables(arms, steps):
+    """Markdown lines: arms of the first study as its rules choose."""
+    lines = [line for title, table in TABLES.items()
+             for line in arm_table(f"## {title}", arms, table, tuned, (*COLUMNS, "harm inside"))]
+    controls = "sails", "lora", "random", *TABLES["Controls"]
+    lines += arm_table(f"At {LOW:g}:", arms, controls, lowest, COLUMNS)
+    lines += arm_table("## Steps to safety, tuned (H2)", steps, steps, lowest, ("steps", "never"))
+    lines += arm_table("## Equal safety (H4)", arms, steps, equal_safety, (*COLUMNS, *COSTS))
+    lines += every_rate(arms)
+    return lines + arm_table("## Not in the plan: the lowest of equal rates", arms, arms, cautious, COLUMNS)
+
+def second(arms):
+    """Leads {comparison: (bases,)} and Markdown lines of the second study."""
+    found, lines = {}, []
+    for name, (rule, others) in SECOND_RULES.items():
+        found |= {f"{name}: ahead of {m}": lead(arms, "sails", m, rule=rule) for m in others}
+        lines += arm_table(f"## {name}", arms, ("sails", *others), rule, (*COLUMNS, "harm inside"))
+    return found, lines + every_rate(arms)
+
+def every_rate(arms):
+    """Markdown lines: an arm's mean balance at each of its rates."""
+    rows = {name: dict(zip("1234", arm["balance"].mean((0, 1)).tolist())) for name, arm in arms.items()}
+    return ["## Every rate", "", *evaluation.markdown("balance at rate", rows), ""]
+
+def report(args, name, title, arms, found, lines, steps):
+    """Write the report of leads found and its tables (lines), their CSVs and figure."""
     tested = {key: (*data.t_interval(x), study.flip_p(x)) for key, x in found.items()}
     verdicts = study.verdicts(tested, {key: MATTERS.get(key[:2], 1.) for key in found}, "+.2f")
+    count = lambda of: sum(arm["rate"].size for arm in of.values())
     lines = [f"Bases {args.bases}, seeds {args.seeds}; {count(arms)} runs and {count(steps)} watched ones. "
              "The plan, with the rules, is plan.md.",
              "±: 95 % t-interval over bases' means. p: exact sign-flip test. Leads: points; of H2 steps.", "",
-             "## Verdicts", "", *evaluation.markdown("comparison", verdicts), ""]
-    for title, table in TABLES.items():
-        lines += arm_table(f"## {title}", arms, table, tuned, (*COLUMNS, "harm inside"))
-    controls = "sails", "lora", "random", *TABLES["Controls"]
-    lines += arm_table(f"At {LOW:g}:", arms, controls, lowest, COLUMNS)
-    every = {name: dict(zip("1234", arm["balance"].mean((0, 1)).tolist())) for name, arm in arms.items()}
-    lines += arm_table("## Steps to safety, tuned (H2)", steps, steps, lowest, ("steps", "never"))
-    lines += arm_table("## Equal safety (H4)", arms, steps, equal_safety, (*COLUMNS, *COSTS))
-    lines += ["## Every rate", "", *evaluation.markdown("balance at rate", every), ""]
-    lines += arm_table("## Not in the plan: the lowest of equal rates", arms, arms, cautious, COLUMNS)
+             "## Verdicts", "", *evaluation.markdown("comparison", verdicts), "", *lines]
     gaps = [{"base": b} | {k: float(x[i]) for k, x in found.items()} for i, b in enumerate(args.bases)]
-    study.write_report(args, "tiny_study", "The tiny world: six hypotheses", lines, {
-        "tiny_study.csv": study.csv_text(list(study.base_rows(arms, args.bases))),
-        "tiny_gaps.csv": study.csv_text(gaps), "lead.svg": figure(arms)})
+    study.write_report(args, "tiny_study", f"{name}_study", f"The tiny world: {title}", lines, {
+        f"{name}_study.csv": study.csv_text(list(study.base_rows(arms, args.bases))),
+        f"{name}_gaps.csv": study.csv_text(gaps), f"{name}_lead.svg": figure(arms)})
 
 def main():
     ap = data.Arguments(description=__doc__.splitlines()[0])
     a, some = ap.add_argument, data.list_of
     a("--out", type=Path, default=Path("runs/study"), help="worlds, runs and report")
     a("--results", type=Path, help="where the report goes, if not to --out")
-    a("--bases", type=some(int), default=list(range(100, 116)), help="seeds of the worlds")
-    a("--seeds", type=some(int), default=[0, 1], help="alignment seeds")
+    a("--second", action="store_true", help="the second study")
+    a("--bases", type=some(int), help="seeds of the worlds (100 to 115; of the second 200 to 219)")
+    a("--seeds", type=some(int), help="alignment seeds (0, 1; of the second 0 to 4)")
     a("--steps", type=data.at_least(2), default=80, help="of training")
     a("--jobs", type=data.at_least(1), default=2)
     a("--again", type=data.at_least(1), metavar="N", help="repeat N finished runs and compare")
     args = ap.parse_args()
+    args.bases = args.bases or list(range(200, 220) if args.second else range(100, 116))
+    args.seeds = args.seeds or list(range(5 if args.second else 2))
     torch.set_num_threads(1)  # as in the processes of --jobs: numbers depend on it
-    homes = [(args.out / f"world-{base}", base, args.seeds) for base in args.bases]
-    study.each(args.jobs, make_base, homes, "worlds")
-    runs = {arm: variant(args, arm, options) for arm, options in ARMS.items()}
+    worlds = [(tiny_world.make_study_world, args.out / f"world-{base}", base, args.seeds,
+               (WRONG_LAYER, LAYER), SIZES, args.second) for base in args.bases]
+    study.each(args.jobs, study.call, worlds, "worlds")
+    runs = {arm: variant(args, arm, options) for arm, options in (SECOND if args.second else ARMS).items()}
     if args.again:
         return study.again(args.jobs, study.ordered(runs), args.again)
     study.each(args.jobs, study.run, study.ordered(runs), "runs")
+    arms = {arm: study.read(of, row_of) for arm, of in runs.items()}
+    if args.second:
+        return report(args, "second", "what the first study left open", arms, *second(arms), {})
     study.each(args.jobs, costs, [r for arm in ("sails", *OTHERS) for r in runs[arm].flat], "costs")
     arms = {arm: study.read(of, row_of) for arm, of in runs.items()}
     more = " --data {home}/unseen-{seed} --watch 2"  # their rates are looked at on unseen topics
     looked = {arm: variant(args, f"steps {arm}", ARMS[arm] + more, [[lr] for lr in at(arms[arm], "rate")])
               for arm in ("sails", *OTHERS)}
     study.each(args.jobs, study.run, study.ordered(looked), "watched")
-    report(args, arms, {arm: study.read(of, steps_to_safety) for arm, of in looked.items()})
+    steps = {arm: study.read(of, steps_to_safety) for arm, of in looked.items()}
+    report(args, "tiny", "six hypotheses", arms, leads(arms, steps), tables(arms, steps), steps)
 
 if __name__ == "__main__":
     data.run_main(main)

@@ -10,11 +10,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import data
+import lora
 import model_gemma
 import sae as sae_module
+from benchmarks.theory import captured
 from data import BOS, EOS, as_turns, encode_plain, render_chat
 
 TOPICS, OBJECTS_EACH, STEPS = 12, 16, 48  # four step words a topic, two for each verb
@@ -174,24 +177,40 @@ def make_world(folder, world_seed=0, seeds=(0,), layers=(2,)):
     print(f"256 features explains {q['fve']:.0%} of the variance with {q['l0']:.1f} features a word.")
     print("It is aligned on 64 requests in 4 topics and scored on the 8 others.")
 
-def make_controls(folder, seeds, layer, sizes):
-    """Beside a world what controls need, so that each is a command of train.py; what is there is kept.
-    oracle/, harm.json   an SAE of one feature, the harm direction after this layer; the direction (D,)
+def make_study_world(folder, world_seed, seeds, layers, sizes, own):
+    """A world and beside it what arms of a study need, so that each is a command of train.py; all is kept.
+    oracle/, harm.json   an SAE of one feature, the harm direction after the last layer; the direction (D,)
     pairs-N-SEED/        a seed's data with N training pairs, half of them harmful, for N of `sizes`
     unseen-SEED/         its data, validation asking for unseen objects once each
-    shuffled-SEED.jsonl  its training pairs, labels shuffled"""
-    folder = Path(folder)
+    shuffled-SEED.jsonl  its training pairs, labels shuffled
+    sae-SEED/            with `own`: an SAE of the last layer, fitted as the world's is from another start"""
+    make_world(folder, world_seed, seeds, layers)
+    world, folder = tiny_world(world_seed), Path(folder)
     for seed in seeds:
         if not (folder / f"shuffled-{seed}.jsonl").exists():
             write_controls(folder, seed, sizes)
+        if own and not (folder / f"sae-{seed}.json").exists():
+            model, start = model_gemma.load_gemma(folder), 1000 * world_seed + seed
+            quality = write_saes(world, model, folder / f"sae-{seed}", start, layers[-1:])
+            data.write_json(folder / f"sae-{seed}.json", quality)
     if not (folder / "harm.json").exists():
-        harm = harm_direction(folder, layer)[None]  # (1, D)
+        harm = harm_direction(folder, layers[-1])[None]  # (1, D)
         oracle = [harm.T.clone(), harm, torch.zeros(1), torch.zeros(harm.shape[1]), torch.zeros(1)]
-        sae_module.save_sae(sae_module.JumpReLUSAE(*oracle), folder / "oracle", layer, 1)
+        sae_module.save_sae(sae_module.JumpReLUSAE(*oracle), folder / "oracle", layers[-1], 1)
         data.write_json(folder / "harm.json", harm[0].tolist())
 
+def harm_inside(run):
+    """Share of the harm direction inside the start of a study's run, 0 to 1; None without a subspace."""
+    path = Path(run.out) / "subspace.safetensors"
+    if not path.exists():
+        return None
+    harm = torch.tensor(data.read_json(f"{run.model}/harm.json"))  # (D,)
+    filler = torch.Generator().manual_seed(run.seed + 1)  # as lora.init_sails fills up to rank r
+    [V] = (x for key, x in load_file(path).items() if key.startswith("V."))
+    return captured(lora.fit_to_rank(V, run.r, filler), harm[:, None])
+
 def write_controls(folder, seed, sizes):
-    """A seed's data as make_controls describes it; the labels last."""
+    """A seed's data as make_study_world describes it; the labels last."""
     base = data.read_json(folder / "world.json")["seed"]
     split, rng = folder / f"data-{seed}", np.random.default_rng([base, seed])
     pairs, asked = ([row for _, row in data.read_rows(split / f"{name}.jsonl")]
@@ -213,13 +232,19 @@ def write_model(world, folder, world_seed, layers):
     torch.set_num_threads(1)  # matrices this small: a second thread only waits
     texts, shares = world_text(world)
     model = pretrain_tiny(texts, shares, world.tok.get_vocab_size(), world_seed)
-    rows = [texts[i] for i in np.random.default_rng(world_seed).choice(len(texts), 4000, p=shares)]
-    quality = {}
-    for i, x in sae_module.collect_residuals(model, rows, layers, 30_000, 64).items():
-        sae = sae_module.train_sae(x, 256, 8, 1000, 512, 2e-3, world_seed)
-        quality[i] = sae_module.sae_quality(sae, x)
-        sae_module.save_sae(sae, folder / "sae", i, quality[i]["l0"])
+    quality = write_saes(world, model, folder / "sae", world_seed, layers)
     torch.set_num_threads(threads)
     model_gemma.save_gemma(model, folder)
     count = sum(p.numel() for p in model.parameters())
     data.write_json(folder / "world.json", dict(seed=world_seed, sae=quality, parameters=count))
+
+def write_saes(world, model, folder, seed, layers):
+    """SAEs of the residuals that the world's text has in its model; {layer: quality}."""
+    texts, shares = world_text(world)
+    rows = [texts[i] for i in np.random.default_rng(world.seed).choice(len(texts), 4000, p=shares)]
+    quality = {}
+    for i, x in sae_module.collect_residuals(model, rows, layers, 30_000, 64).items():
+        sae = sae_module.train_sae(x, 256, 8, 1000, 512, 2e-3, seed)
+        quality[i] = sae_module.sae_quality(sae, x)
+        sae_module.save_sae(sae, folder, i, quality[i]["l0"])
+    return quality
