@@ -202,7 +202,9 @@ GONE = f"another process of this torchrun is gone; {AGAIN}"
 
 def join(device):
     """Become one of torchrun's ranks; this rank's device.
-    Calls may wait a day for rank 0's own work; a lost connection is an error at once."""
+    Calls may wait a day for rank 0's work; gloo tells a lost connection at once."""
+    told = {"WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    need(told, "RANK is set, but not all that torchrun sets: unset it")
     if device.startswith("cuda"):
         at, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         need(at < there, f"--nproc-per-node: more processes than GPUs, {there}")
@@ -266,7 +268,7 @@ def share(items, desc):
 def owned(folder, marker):
     """Lend a folder to this process alone; yields whether work on it had begun.
     It is new, or empty, or holds `marker`, which no other program writes. What begins here and fails leaves
-    nothing, unless there is work worth going on with. The kernel lets the lock go when the process dies."""
+    nothing, unless there is work worth going on with."""
     new = [p for p in (folder, *folder.parents) if not p.exists()]
     with expecting(f"cannot use {folder} as a folder", OSError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -274,6 +276,8 @@ def owned(folder, marker):
     try:
         with expecting(f"another process works in {folder}; wait, or choose another --out", BlockingIOError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for part in folder.glob(".*.part"):  # of a killed process
+            part.unlink()
         begun = (folder / marker).exists()
         need(begun or not any(folder.iterdir()), f"{folder} has files in it but no {marker}: not ours")
         try:
@@ -341,9 +345,11 @@ def read_bytes(path):
     """A file's content, unpacked if it is a .gz; UserError if it can't be read."""
     need(os.path.isfile(path), f"no such file: {path}")
     most = 10 ** 6 + 100 * os.path.getsize(path)  # text is packed to a tenth, a bomb to a thousandth
+    raw = bytearray()
     with expecting(f"{path}: cannot be read; {damaged(path)}", OSError, EOFError, zlib.error):
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
-            raw = f.read(most + 1)
+            while len(raw) <= most and (part := f.read(2 ** 20)):  # read(most) would allocate it
+                raw += part
     need(len(raw) <= most, f"{path}: unpacks to more than {most:,} bytes, which is no text")
     return raw
 
@@ -429,7 +435,7 @@ def listing(spec, kind="model"):
 def fetch(spec, names, kind="model"):
     """Download the named files if needed; (their folder, commit sha or None for a local folder).
     names: exact ones, each of which must exist, or patterns in which * stays inside one folder level. Nothing
-    else is downloaded: a Gemma Scope repository is hundreds of gigabytes. Failures are UserErrors."""
+    else is downloaded. Failures are UserErrors."""
     folder, files, sha = _local(spec, kind) or _resolve(*_hub_id(spec, kind), kind)
     where = f"{spec} (the cached copy; unset HF_HUB_OFFLINE to download)" if folder and sha else spec
     wanted = _pick(names, files, where)
@@ -445,7 +451,7 @@ def fetch(spec, names, kind="model"):
 def fingerprint(spec, names, kind="model"):
     """What identifies files: the hub's commit sha, or a hash of local contents."""
     folder, sha = fetch(spec, names, kind)
-    paths = sorted(p for name in names for p in folder.glob(name) if p.is_file()) if sha is None else ()
+    paths = sorted(folder / f for f in _pick(names, listing(spec, kind), spec)) if sha is None else ()
     lines = (f"{p.name} {_sha256(p, p.stat().st_size, p.stat().st_mtime_ns)}\n" for p in paths)
     return sha or hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
@@ -505,7 +511,8 @@ def _pick(names, files, where):
     """The files that names select; UserError for a missing one, or for none at all."""
     picked, some = [], ", ".join(files[:6] + (["..."] if len(files) > 6 else [])) or "nothing"
     for name in names:
-        hits = [f for f in files if fnmatch.fnmatchcase(f, name) and f.count("/") == name.count("/")]
+        like = lambda f: fnmatch.fnmatchcase(f, name) and f.count("/") == name.count("/")
+        hits = [f for f in files if f == name or like(f)]
         need(hits or set("*?[") & set(name), f"{where} has no file {name}; it holds {some}")
         picked += hits
     need(picked, f"{where} has no file like {' or '.join(names)}")
@@ -728,7 +735,7 @@ LABELS = dict(safe="benign", benign="benign", unsafe="harmful", harmful="harmful
 def read_prompts(paths, limit=None):
     """Prompts, the first `limit` of each file: dicts id, set, turns, label, target, expected.
     paths: csv, jsonl or txt files, folders or hub data sets of them. label "benign": to be answered (XSTest's
-    safe half, or where a file says so); all others are to be refused."""
+    safe half); all others are to be refused."""
     out = []
     for spec in paths:
         for file in prompt_files(spec):
@@ -741,14 +748,15 @@ def read_prompts(paths, limit=None):
     need(n == 1, f"{n} prompts have the id {most}; rename a file or mend its id column")
     return out
 
+PROMPTS = [start + end for start in ("*", "data/*") for end in (".csv", ".jsonl", ".jsonl.gz", ".txt")]
+
 def prompt_files(spec):
     """A prompt file alone; of a folder or a hub data set those at its top level or in data/."""
-    path, ends = Path(spec), (".csv", ".jsonl", ".jsonl.gz", ".txt")
-    if not path.is_dir() and (path.exists() or path.name.endswith(ends)):  # a mistyped file is no hub id
+    path = Path(spec)
+    if not path.is_dir() and (path.exists() or any(map(path.match, PROMPTS))):  # mistyped, it is no hub id
         return [path]
-    forms = [start + end for start in ("*", "data/*") for end in ends]
-    folder, _ = fetch(spec, forms, "dataset")
-    return sorted(file for form in forms for file in folder.glob(form) if file.is_file())
+    folder, _ = fetch(spec, PROMPTS, "dataset")
+    return sorted(file for form in PROMPTS for file in folder.glob(form) if file.is_file())
 
 def _prompt_rows(path):
     """A prompt file's rows as dicts with lower-case names."""

@@ -2,8 +2,7 @@
 
     python eval.py --model M [--adapter RUN] --prompts FILE... --judge refusal|URL --out DIR
 Published safety rates differ by token limit, template and judge. So replying (responses.jsonl) and judging
-(verdicts.jsonl) are two steps, settings beside them; replies without a verdict are counted apart;
-over-refusal, which the paper leaves out, stands beside safety.
+(verdicts.jsonl) are two steps, settings beside them; replies without a verdict are counted apart.
 Order: replies - judges - measures - what alignment cost - several runs.   Letters: B batch, T tokens.
 """
 import contextlib
@@ -168,7 +167,7 @@ def judge_all(rows, prompts, names, judge, path):
     old, todo = [v for _, v in data.read_rows(path, growing=True, **VERDICTS)], []
     kept = {(v["judge"], v["id"]): v for v in old if v["reply_sha256"] == sha.get(v["id"], v["reply_sha256"])}
     asked = sorted({*names, *(v["judge"] for v in old)} & PHRASE_JUDGES.keys())
-    if judge:  # the rubric's hash is part of the name: scores by another wording are other scores
+    if judge:  # the rubric's hash is in the name: another wording scores otherwise
         asked.append(f"{judge['name']} rubric-{hashlib.sha256(RUBRIC.encode()).hexdigest()[:8]}")
     for r in rows:
         for name in asked:
@@ -313,7 +312,8 @@ def knowledge(model, texts, batch_size=256):
         ids, keep = (t.to(model.device) for t in data.pad([ids for ids, _ in part]))
         want = data.pad([mask for _, mask in part])[0].to(model.device)[:, 1:].bool()  # (B, T-1)
         h, _ = model.hidden(ids[:, :-1], keep[:, :-1], want=want)  # position t - 1 predicts token t
-        wrong = want.nonzero()[:, 0][model.logits(h).argmax(-1) != ids[:, 1:][want]]
+        said = torch.cat([model.logits(rows).argmax(-1) for rows in h.split(256)])
+        wrong = want.nonzero()[:, 0][said != ids[:, 1:][want]]
         if counts:
             right[at:at + len(part)] = (torch.bincount(wrong, minlength=len(part)) == 0).cpu()
     data.add_up(right)
@@ -407,7 +407,7 @@ def parser():
     a("--adapter", help="a finished run's folder, or any plain LoRA in PEFT's form")
     a("--merged", action="store_true", help="merge --adapter into the weights first")
     a("--prompts", nargs="+", action="extend", default=[], help="csv, jsonl, txt; folders or hub sets")
-    a("--limit", type=count, help="only the first so many prompts of each file")
+    a("--limit", type=count, help="the first so many prompts of each file")
     a("--out", help="folder for replies, verdicts and tables")
     a("--template", choices=data.TEMPLATES, help="default: by the model's name")
     a("--max-new", type=count, default=256, help="tokens per reply")
@@ -418,15 +418,15 @@ def parser():
     a("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
     a = ap.add_argument_group("judges").add_argument
     a("--judge", action="append", default=[], help=f"{', '.join(PHRASE_JUDGES)}, or an OpenAI-compatible "
-      "URL; may be given more than once")
+      "URL; repeatable")
     a("--judge-model", help="the model's name at the URL")
-    a("--judge-key-env", default="OPENAI_API_KEY", help="environment variable that holds the key")
+    a("--judge-key-env", default="OPENAI_API_KEY", help="variable that holds the key")
     a("--judge-timeout", type=number, default=120, help="seconds for one answer")
     a("--judge-tries", type=data.at_least(1, high=100), default=6)
-    a("--judge-pause", type=number, default=1, help="seconds before the second try, doubled each time")
+    a("--judge-pause", type=number, default=1, help="seconds before a second try; doubles")
     a("--judge-parallel", type=count, default=8, help="requests in flight")
     a = ap.add_argument_group("what alignment cost").add_argument
-    a("--pairs", metavar="FILE", help="held-out replies: NLL, and with rejected ones preference accuracy")
+    a("--pairs", metavar="FILE", help="held-out replies: NLL, preference accuracy")
     a("--knowledge", metavar="FILE", help='JSONL {"text", "next"}: is `next` what the model says?')
     a("--kl", metavar="FILE", help="neutral text: KL from the base model")
     a("--base", help="the base model for --kl; default: --model with its adapter off")

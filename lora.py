@@ -4,7 +4,7 @@ LoRA (arXiv 2106.09685): y = W x + (alpha / r) B A x, W frozen, A (r, in) and B 
 SAILS starts one factor in the safety subspace V (D, r), the other at 0: the adapted model starts as the base.
     q k v gate up   READ the residual stream (in = D):  A = V^T, B = 0
     o down          WRITE to it (out = D):              B = V,   A = 0
-Files are PEFT's: PEFT and vLLM load them as they are.   Letters: D d_model, r rank, r_s columns of a basis.
+Files are PEFT's: PEFT loads them as they are.   Letters: D d_model, r rank, r_s columns of a basis.
 Run it (`python lora.py RUN`) to see what an adapter holds; --merge OUT merges it.
 """
 import contextlib
@@ -218,7 +218,7 @@ def save_adapter(model, folder, base="", provenance=None):
         lora_alpha=one.scale * one.r, target_modules=sorted({PLACES[m.place].split(".")[1] for _, m in mods}),
         lora_dropout=0.0, bias="none", use_rslora=False, use_dora=False, fan_in_fan_out=False,
         modules_to_save=None, layers_to_transform=None if len(layers) == model.config.n_layers else layers,
-        # true although the start was special: any other value makes loaders change the base weights again
+        # true: any other value makes loaders change the base weights again
         inference_mode=True, init_lora_weights=True)
     model_gemma.save_tensors(folder / "adapter_model.safetensors", _tensors(model))
     data.write_json(folder / "adapter_config.json", config)
@@ -233,7 +233,7 @@ def read_adapter(folder):
     """(adapter_config.json, tensors by name) of a plain LoRA in PEFT's form."""
     path, weights = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
     need(path.is_file(), f"{folder}: no adapter_config.json in it; give the folder of a finished run")
-    # other starts (pissa, olora, corda, ...) change the base weights too, which are not in this folder
+    # other starts (pissa, olora, ...) change the base weights, which are not here
     starts, switch = (True, False, "gaussian", "orthogonal", "eva", None), (bool, None)
     c = data.read_json(path, peft_type="LORA", r=range(1, 2**20), lora_alpha=data.POSITIVE, use_rslora=switch,
                        bias=("none", None), init_lora_weights=starts, base_model_name_or_path=(str, None),

@@ -55,7 +55,7 @@ def config_from_json(raw):
         qk_norm=not g2,  # Gemma 3 normalises each head's query and key
         raw=raw)  # config.json itself, to be saved again
 
-# What config.json may say. Sizes have ends, so that no number is allocated before the weights are looked at
+# What config.json may say. Sizes have ends: none is allocated before weights are seen
 KINDS = dict(model_type=("gemma2", "gemma3_text"), num_hidden_layers=range(1, 1001), layer_types=(list, None),
              tie_word_embeddings=(True, None), rope_parameters=(dict, None), rope_scaling=(dict, None),
              dtype=(str, None), torch_dtype=(str, None))
@@ -301,7 +301,7 @@ class Gemma(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config = c
-        # also the output head: tied. A given table is not drawn at random, which takes 2 s
+        # also the output head: tied; not drawn at random, which takes 2 s
         size = c.vocab_size, c.d_model
         self.embed_tokens = nn.Embedding(*size, _weight=torch.zeros(size))
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layers))
@@ -316,7 +316,7 @@ class Gemma(nn.Module):
         """ids (B, T), or one-hot rows (B, T, V), -> (B, T, D) scaled by sqrt(D)."""
         table = self.embed_tokens.weight
         h = ids @ table if ids.is_floating_point() else F.embedding(ids, table)
-        # rounded to the dtype on purpose, as the model was trained: in bf16 59.87 becomes 59.75 for the 9B
+        # rounded to the dtype, as the model was trained: in bf16 59.87 becomes 59.75
         return h * torch.tensor(self.config.d_model ** 0.5, dtype=table.dtype)
 
     def hidden(self, ids=None, keep=None, cache=None, taps=(), embeds=None, last=None, want=None,
@@ -431,7 +431,7 @@ def shard_model(model, device):
     """A model on the CPU -> a part of each tensor on each rank's device (FSDP2).
     A block is gathered where it is used; embedding and final norm, if they train, for the rest of a step: the
     head reads them after hidden(). What is frozen and read in other places stays whole: gains, and the
-    embedding (1.8 GB in the 9B). Gradients are added up over ranks, as losses are."""
+    embedding. Gradients are added up."""
     from torch.distributed.device_mesh import init_device_mesh  # a second to import, so not at every start
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     mesh = init_device_mesh(torch.device(device).type, (data.ranks()[1],))
@@ -468,7 +468,7 @@ def whole(tensor):
 def load_gemma(spec, dtype=torch.float32, device="cpu", cut=None):
     """A Gemma, frozen, from a folder in the hub's layout or a hub id; the same on all ranks.
     Built on the meta device and filled one tensor at a time, each read straight to its dtype and device. A
-    missing, an extra or a misshapen tensor is a UserError, never a silent default.
+    missing, an extra or a misshapen tensor is a UserError.
     cut: "frozen" or "trained", for shard_model. Each rank then reads all into its machine's RAM first."""
     config, (folder, shards) = load_config(spec), weight_files(spec)
     with torch.device("meta"):
@@ -591,7 +591,7 @@ def generate(model, prompts, max_new, stop=(data.EOS,), temperature=0.0, seeds=N
             if not out[i] or out[i][-1] not in stop:
                 out[i].append(token)
         going = [n for n, i in enumerate(live) if out[i][-1] not in stop]
-        # a rank of a sharded model that has ended goes along, with its last rows, until all have
+        # a sharded model's rank that has ended goes along until all have
         if not any(data.gather(going) if model.sharded else [going]):
             break
         if 0 < len(going) < len(live):  # rows that have ended leave the batch

@@ -49,7 +49,7 @@ class JumpReLUSAE(torch.nn.Module):
 def find_sae(names, layer, width="16k", l0=None):
     """The params file of one layer among a repository's file names; UserError lists what exists.
     Gemma Scope:    layer_20/width_16k/average_l0_71/params.npz; without l0 the one nearest 100, the upper of
-                    a tie: the choice behind the sets called canonical
+                    a tie, as in the sets called canonical
     Gemma Scope 2:  resid_post/layer_9_width_16k_l0_medium/params.safetensors; without l0 `medium`"""
     forms = (r"layer_(\d+)/width_(\w+?)/average_l0_(\d+)/params\.(?:npz|safetensors)",
              r"(?:resid_post/)?layer_(\d+)_width_(\w+?)_l0_(\w+)/params\.(?:npz|safetensors)")
@@ -121,7 +121,7 @@ def save_sae(sae, folder, layer, l0):
     """Write layer_L/width_W/average_l0_n/params.npz, where load_sae finds it; the name."""
     name = f"layer_{layer}/width_{len(sae.W_dec)}/average_l0_{round(l0)}/params.npz"
     with data.replacing(f"{folder}/{name}") as beside, open(beside, "wb") as f:
-        np.savez(f, **{k: getattr(sae, k).cpu().numpy() for k in SHAPES})
+        np.savez(f, **{k: model_gemma.finite(getattr(sae, k), name).cpu().numpy() for k in SHAPES})
     for other in Path(folder, name).parents[1].glob("*/params.npz"):
         if other != Path(folder, name):  # load_sae would have to choose
             other.unlink()
@@ -132,8 +132,7 @@ def save_sae(sae, folder, layer, l0):
 def collect_residuals(model, rows, layers, n_tokens, batch=16):
     """Residuals after `layers` on texts (lists of ids): {layer: (n <= n_tokens, D) fp32, CPU}.
     BOS is left out, as in Gemma Scope's training: its activations are a hundred times larger and thousands of
-    features fire there. Filled in place: a final torch.cat would hold everything twice. Each rank fills in
-    its share, and all get the whole."""
+    features fire there. Each rank fills in its share, all get the whole."""
     parts, n = [], 0
     for at in range(0, len(rows), batch):
         if n < n_tokens:
@@ -193,29 +192,19 @@ def fold(p, cut, mean, std):
 def sae_quality(sae, x, chunk=4096):
     """An SAE's fit to residuals x (n, D): fve, fve_standardised, l0 (a token), dead (share).
     fve is the fraction of CENTRED variance explained: most of a Gemma's residual energy is its mean.
-    Standardised per dimension is the harder number: few outlier dimensions rule the raw one."""
+    Standardised is harder: few outlier dimensions rule the raw one."""
     mean, var = x.mean(0), x.var(0, unbiased=False).clamp(min=1e-12)
-    lost, fired, l0 = torch.zeros_like(var), torch.zeros(len(sae.W_dec), dtype=torch.bool, device=x.device), 0
+    fired, l0 = torch.zeros(len(sae.W_dec), dtype=torch.bool, device=x.device), 0
+    lost, total = torch.zeros(2, *var.shape, device=x.device)
     for rows in x.split(chunk):
         a = sae.encode(rows)
         lost += ((sae.decode(a) - rows) ** 2).sum(0)
+        total += ((rows - mean) ** 2).sum(0)
         fired |= (a > 0).any(0)
         l0 += int((a > 0).sum())
-    total = ((x - mean) ** 2).sum(0)
     standardised = 1 - float((lost / var).sum() / (total / var).sum())
     return dict(fve=1 - float(lost.sum() / total.sum()), fve_standardised=standardised, l0=l0 / len(x),
                 dead=1 - float(fired.float().mean()))
-
-def token_text(tok, i):
-    """A token as a person reads it."""
-    return tok.decode([i]) or tok.id_to_token(i) or f"<{i}>"
-
-@torch.no_grad()
-def promoted_tokens(model, tok, directions, n=8):
-    """The n tokens that each direction (k, D) raises most through final gain and tied head."""
-    read = directions.float().to(model.device) * (1 + model.norm.weight.float())  # (k, D)
-    scores = read.to(model.dtype) @ model.embed_tokens.weight.T  # (k, V)
-    return [[token_text(tok, i) for i in row] for row in scores.topk(n).indices.tolist()]
 
 def main():
     from benchmarks import explain

@@ -8,8 +8,10 @@ Letters: B batch, n tokens or rows, D d_model; a subspace's basis V is (D, r_s),
 """
 import contextlib
 import copy
+import io
 import math
 import os
+import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -53,7 +55,7 @@ def parser():
     a("--sae", help="folder or hub id laid out like Gemma Scope, or `fit` to train them")
     a("--out", help="folder of the run (runs/MODEL-METHOD-SEED), of a comparison (runs/MODEL)")
     a("--resume", action="store_true", help="continue a run; a comparison always does")
-    a("--dry-run", action="store_true", help="print what would be trained and the memory; load no weights")
+    a("--dry-run", action="store_true", help="print what would be trained, and memory")
     a("--jobs", type=count, default=1, help="runs of a comparison at a time")
     a = ap.add_argument_group("the subspace").add_argument
     a("--method", type=some(str, METHODS), default=["sails"], help=f"a list of {','.join(METHODS)}")
@@ -86,7 +88,7 @@ def parser():
     a("--lr", type=some(rate), default=[2e-4], help="a list: the best by validation is reported")
     a("--full-lr", type=some(rate), help="the same for full, which moves every weight (--lr)")
     a("--warmup", type=data.at_least(0), default=20, help="steps of linear warm-up, then linear decay to 0")
-    a("--clip", type=rate, default=1.0, help="gradient norm")
+    a("--clip", type=data.at_least(1e-9, float), default=1.0, help="gradient norm")
     a("--beta", type=rate, default=.1, help="dpo, rloo: pull to the reference")
     a("--samples", type=data.at_least(2, high=1000), default=4, help="rloo: replies drawn per prompt")
     a("--sft-steps", type=data.at_least(0), default=0, help="first steps by sft: rloo reinforces draws")
@@ -98,7 +100,7 @@ def parser():
     a("--shard", action="store_true", help="torchrun: a part of the base on each device (always for full)")
     a("--checkpointing", action="store_true", help="recompute blocks in the backward pass to save memory")
     a("--save-every", type=count, default=50, help="steps between checkpoints")
-    a("--watch", type=data.at_least(0), default=0, help="steps between looks at validation's rates; 0: none")
+    a("--watch", type=data.at_least(0), default=0, help="steps between looks at validation's rates")
     a("--dtype", choices=model_gemma.DTYPES, help="base weights (bfloat16 on a GPU, float32 on a CPU)")
     a("--device", type=data.device, default="cuda" if torch.cuda.is_available() else "cpu")
     a = ap.add_argument_group("--sae fit").add_argument
@@ -122,6 +124,9 @@ def settings(argv=None):
     s.replies = None if s.micro == "auto" else 8 * s.micro  # at a time; what trains takes more memory
     fine = "full" not in s.method or s.dtype == "float32"
     need(fine, "--method full takes steps that bfloat16 rounds away: add --dtype float32")
+    need(s.beta > 0 or s.objective != "dpo", "--beta 0: dpo would learn nothing")
+    used = s.sides == "both" or {t in lora.WRITERS for t in s.targets} & {s.sides == "write"}
+    need(used, f"--sides {s.sides}: no --targets for it")
     return s
 
 def refuse_unread(s):
@@ -257,8 +262,8 @@ def align(model, rows, s, loss, folder=None, watch=None):
                 bar.update()
                 if stop or (step + 1) % s.save_every == 0 or step + 1 == s.steps:
                     lora.save_state(state, params, opt, step + 1)
-            if stop:
-                break
+            if stop:  # here or at another rank
+                raise KeyboardInterrupt(*came[:1] or [signal.SIGTERM])
 
 def backward(model, batch, s, loss, step, stop=False):
     """Add up a step's gradients over micro-batches and machines; what to log, whether to stop."""
@@ -336,7 +341,8 @@ def choose_sources(s):
     shown = ",".join(map(str, s.layers))
     inside = all(0 <= i < config.n_layers for i in s.layers)
     need(inside, f"--layers {shown}: the model has layers 0..{config.n_layers - 1}")
-    need(s.sae != "fit" or s.k <= s.fit_width, f"--k {s.k}: more than --fit-width has")
+    wide = s.sae != "fit" or s.k <= s.fit_width > s.fit_active
+    need(wide, f"--fit-width {s.fit_width}: too few for --k {s.k}, --fit-active {s.fit_active}")
     need(s.r <= config.d_model, f"--r {s.r}: the model's residual stream has {config.d_model} dimensions")
     for i in s.layers if reads and s.sae != "fit" and not s.dry_run else ():
         sae_module.sae_file(s.sae, i, s.width)  # before anything is downloaded
@@ -371,10 +377,16 @@ def sources(s):
     out["data"] = data.fingerprint(s.data, list(data.data_files(s.data)[1].values()), "dataset")
     if s.method in sails.READS_SAE and s.sae != "fit":
         out["sae"] = [data.fingerprint(s.sae, [sae_module.sae_file(s.sae, i, s.width)]) for i in s.layers]
-    more = [x for x in (*(s.test or []), s.text, s.contrast_data) if x]
-    read = lambda x: x != s.text or Path(x).is_file()  # of a folder of texts .txt files are read
-    names = {x: [n for n in data.listing(x, "dataset") if read(x) or n.endswith(".txt")] for x in more}
-    return out | {x: data.fingerprint(x, names[x], "dataset") for x in more}
+    of = dict.fromkeys(asked(s), data.PROMPTS) | {s.contrast_data: []}
+    if s.text:
+        of[s.text] = [name for name in data.listing(s.text, "dataset") if name.endswith(".txt")]
+    own = lambda x: [Path(x).name] if Path(x).is_file() else of[x]
+    return out | {str(x): data.fingerprint(x, own(x), "dataset") for x in of if x}
+
+def asked(s):
+    """--test, or on a GPU the look-alikes if --data has no prompts."""
+    none = s.device.startswith("cuda") and "prompts" not in data.data_files(s.data)[1]
+    return s.test or [LOOKALIKES] * none
 
 def load_sets(s):
     """All that runs read, encoded once; parts that --data lacks are split off by prompt."""
@@ -392,8 +404,7 @@ def load_sets(s):
     counts = ", ".join(f"{len(some):,} to {part}" for part, some in rows.items())
     say(f"examples: {counts}; left out: {dropped or 'none'}, {long} longer than {s.max_tokens} tokens")
     need(all(rows.values()), f"{s.data}: too few usable examples ({counts})")
-    default = [LOOKALIKES] if s.device.startswith("cuda") else []
-    files_asked = s.test or [files[part] for part in files if part == "prompts"] or default
+    files_asked = asked(s) or [files[part] for part in files if part == "prompts"]
     prompts = data.read_prompts(files_asked) if files_asked else []
     need(all(p["set"] != "validation" for p in prompts), "--test: no set or file may be named validation")
     if not prompts:
@@ -456,7 +467,7 @@ def subspace(s, model, sets, folder):
         saes = load_saes(s, model, sets)  # not kept: the 9B's take 2.4 GB
     if s.method in sails.READS_DATA:
         rows = sets.train if not s.contrast_data else data.encode(
-            sets.tok, data.read_pairs(s.contrast_data)[0], s.template)[0]
+            sets.tok, data.read_pairs(s.contrast_data)[0], s.template, s.max_tokens)[0]
         pairs = sails.contrast_pairs(rows, s.contrast, s.last)[:s.contrast_pairs]
         stats = keep("stats", key, lambda: sails.contrast_means(model, saes, pairs, s.micro))
     with data.expecting("no subspace (--drop leaves features out)", ValueError):
@@ -581,14 +592,18 @@ def begin_worker():
     data.follow_parent()
 
 def quiet_run(s):
-    """run() without its words, which stand in the files it leaves."""
-    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+    """run() without its words, which stand in the files it leaves, but with warnings."""
+    words = io.StringIO()
+    with contextlib.redirect_stdout(words), contextlib.redirect_stderr(io.StringIO()):
         try:
             run(s)
         except KeyboardInterrupt:
             if parent_process():
                 os._exit(1)  # not the next run
             raise
+    for line in words.getvalue().splitlines():
+        if "warning:" in line:
+            data.note(f"{s.out}: {line}")
 
 def main():
     s = settings()
@@ -620,7 +635,7 @@ def main():
         if begun:
             data.read_json(folder / "runs.json", runs=list)
         need(len({r.out for r in runs}) == len(runs), "--lr: two rates look alike")
-        for r in runs:  # all that is there belongs together, before anything is added to it
+        for r in runs:  # before anything is added
             if (Path(r.out) / "run.json").exists():
                 data.same_settings(Path(r.out) / "run.json", noted(r))
         data.write_json(folder / "runs.json", dict(runs=[r.out for r in runs]))

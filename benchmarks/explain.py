@@ -18,7 +18,6 @@ import lora
 import model_gemma
 import sae as sae_module
 from data import need
-from sae import promoted_tokens, token_text
 
 LOOKALIKES = Path(__file__).parent / "lookalikes.jsonl"
 
@@ -51,6 +50,17 @@ def describe_all(s, model, sets, saes, stats, chosen, pairs):
     shown = sum(texts, []) if s.show_texts else [t[:128] for t in spread(sets.neutral, 128)]
     listed = describe(model, sets.tok, saes, stats, chosen, texts, shown, ends(sets), s.micro)
     return [f | dict(link=neuronpedia_url(s.sae, f["layer"], s.width, f["feature"])) for f in listed]
+
+def token_text(tok, i):
+    """A token as a person reads it."""
+    return tok.decode([i]) or tok.id_to_token(i) or f"<{i}>"
+
+@torch.no_grad()
+def promoted_tokens(model, tok, directions, n=8):
+    """The n tokens that each direction (k, D) raises most through final gain and tied head."""
+    read = directions.float().to(model.device) * (1 + model.norm.weight.float())  # (k, D)
+    scores = read.to(model.dtype) @ model.embed_tokens.weight.T  # (k, V)
+    return [[token_text(tok, i) for i in row] for row in scores.topk(n).indices.tolist()]
 
 def write_features(s, folder, listed):
     """The chosen features for programs (features.json) and for people (features.md)."""
@@ -218,6 +228,8 @@ def explain_adapter(folder, model, tok, source, features, prompts):
     source: the SAEs' (folder or hub id, layers, width). prompts: lists of ids, as effects takes them."""
     (spec, layers, width), (config, tensors) = source, lora.read_adapter(folder)
     saes = {i: sae_module.load_sae(spec, i, width, device=model.device) for i in layers}
+    for i, sae in saes.items():
+        sae_module.check_fit(sae, model, i)
     rows = data.read_json(features) if features else []
     need(isinstance(rows, list), f"{features}: wanted a list, as a run's features.json is")
     for f in rows:

@@ -96,6 +96,8 @@ def phases(s, method, config, size, world=1):
         work += peaks(generation, s.replies, size.asked, s.max_new)
     if size.cloze:
         work += peaks(scoring, 256, size.cloze, 256)
+    if s.watch and method != "base":  # replies while all is held but the gradients
+        out["watching"] = dict(trained=trained * (2 / 3 if method == "full" else 3 / 4), work=max(work))
     out["evaluation"] = dict(work=max(work))
     return {phase: always | parts for phase, parts in out.items()}
 
@@ -118,7 +120,7 @@ def trial(s, methods, config, size, limit, ranks, **changes):
     while True:
         plan = max((phases(s, m, config, size, world(m)) for m in methods), key=lambda p: peak(p)[1])
         phase, total = peak(plan)
-        if total <= limit or phase != "evaluation" or s.replies == 1:
+        if total <= limit or phase not in ("evaluation", "watching") or s.replies == 1:
             return s, plan, total <= limit
         s.replies //= 2
 

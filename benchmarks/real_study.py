@@ -37,8 +37,7 @@ SETTINGS = ("--targets q,k,v,o,gate,up,down --standardise --steps 24 --warmup 3 
             "--contrast-pairs 120 --device cpu --layers 12 --fit-width 2048 --fit-tokens 40000 "
             "--fit-steps 400")
 TALK, ASKED = 240, 80  # dialogues of cells that answer look-alike prompts, and how many of these
-PLAIN, BEST = CELLS[0], f"best-{TALK}"
-MATTERS = .01  # nats: a smaller lead counts as none
+PLAIN, BEST, MATTERS = CELLS[0], f"best-{TALK}", .01  # nats: a smaller lead counts as none
 
 # ---- data and runs ----
 number = lambda cell: int(cell.split("-")[1])  # of dialogues to train on

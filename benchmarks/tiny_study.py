@@ -47,9 +47,10 @@ TABLES = {
                  "harm alone": "--method sails --sae {home}/oracle --width 1 --k 1"}}
 ARMS = {arm: options for table in TABLES.values() for arm, options in table.items()}
 MATTERS = {"H2": 5., "H3": .5}  # from where on a gap matters: steps of 80; points, of the others 1
-OWN, LOW_ONLY = "--sae {home}/sae-{seed}", ("random features", "labels shuffled")
+OWN, LOW_ONLY, SCALED = "--sae {home}/sae-{seed}", ("random features", "labels shuffled"), "lora, 1.73 alpha"
 SECOND = {"sails": f"{ARMS['sails']} {OWN}"} | {arm: ARMS[arm] for arm in OTHERS} | {
-    arm: f"{ARMS[arm]} {OWN} --lr {LOW:g}" for arm in LOW_ONLY}  # the second study's arms
+    arm: f"{ARMS[arm]} {OWN} --lr {LOW:g}" for arm in LOW_ONLY} | {  # the second study's arms
+    SCALED: f"--method lora --alpha {8 * 3 ** .5:.4f} --lr {LOW:g}"}  # A's rows count as of norm 1: SAILS's
 
 def variant(args, arm, options, rates=None):
     """Settings of an arm's runs (bases, seeds, rates), at every rate of its grid or at each base's own."""
@@ -151,8 +152,7 @@ def tables(arms, steps):
     """Markdown lines: arms of the first study as its rules choose."""
     lines = [line for title, table in TABLES.items()
              for line in arm_table(f"## {title}", arms, table, tuned, (*COLUMNS, "harm inside"))]
-    controls = "sails", "lora", "random", *TABLES["Controls"]
-    lines += arm_table(f"At {LOW:g}:", arms, controls, lowest, COLUMNS)
+    lines += arm_table(f"At {LOW:g}:", arms, ("sails", *OTHERS[:2], *TABLES["Controls"]), lowest, COLUMNS)
     lines += arm_table("## Steps to safety, tuned (H2)", steps, steps, lowest, ("steps", "never"))
     lines += arm_table("## Equal safety (H4)", arms, steps, equal_safety, (*COLUMNS, *COSTS))
     lines += every_rate(arms)
@@ -164,6 +164,7 @@ def second(arms):
     for name, (rule, others) in SECOND_RULES.items():
         found |= {f"{name}: ahead of {m}": lead(arms, "sails", m, rule=rule) for m in others}
         lines += arm_table(f"## {name}", arms, ("sails", *others), rule, (*COLUMNS, "harm inside"))
+    lines += arm_table(f"## {SCALED} (not in the plan)", arms, ("sails", "random", SCALED), lowest, COLUMNS)
     return found, lines + every_rate(arms)
 
 def every_rate(arms):

@@ -164,7 +164,7 @@ def make_world(folder, world_seed=0, seeds=(0,), layers=(2,)):
     """A tiny world on disk, as if it came from the hub: model, tokenizer, SAEs and a data folder a seed."""
     folder, world = Path(folder), tiny_world(world_seed)
     with data.owned(folder, "tokenizer.json"):
-        world.tok.save(str(folder / "tokenizer.json"))
+        data.write_text(folder / "tokenizer.json", world.tok.to_str(pretty=True))
         if not (folder / "world.json").exists():
             write_model(world, folder, world_seed, layers)
         for seed in seeds:

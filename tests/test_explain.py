@@ -13,7 +13,7 @@ import sae as sae_module
 import sails
 from benchmarks import explain, tiny_world
 from conftest import go, random_gemma, random_sae, trained
-from sae import token_text
+from benchmarks.explain import token_text
 
 ALIGNED, UNALIGNED = [[2, 7, 8, 9, 10, 11], [2, 13, 14]], [[2, 20, 21, 7, 7], [2, 9]]
 SHOWN, PROMPTS = [[2, 5, 6, 7, 8, 9, 30], [2, 5, 6, 7, 8, 31], [2, 40, 41]], [[2, 5, 6], [2, 7, 8, 9, 10]]
@@ -167,3 +167,9 @@ def test_chosen_features_raise_refusal_words_more_than_others_that_fire(tmp_path
         rng, every = np.random.default_rng(0), np.array(list(nats.values()))
         null = [rng.permutation(every)[:8].sum() for _ in range(1000)]
         assert np.mean(np.array(null) >= found) < .05
+
+def test_promoted_tokens_are_those_whose_logits_the_direction_raises_most(model, world):
+    rows = random_sae().W_dec[:3]
+    raised = F.linear(rows * (1 + model.norm.weight), model.embed_tokens.weight).argsort(descending=True)
+    for words, best in zip(explain.promoted_tokens(model, world.tok, rows, 5), raised.tolist()):
+        assert words == [token_text(world.tok, i) for i in best[:5]]

@@ -149,8 +149,7 @@ def test_drift_starts_at_one_and_counts_a_known_rotation(model):
         assert row["overlap"] == pytest.approx(turn.cos().square().mean().item(), abs=1e-5)
 
 def test_drift_energy_is_the_share_of_the_update_inside_the_subspace(model):
-    P = draw(3) @ draw(3).T
-    mods = attached(model, stir)
+    P, mods = draw(3) @ draw(3).T, attached(model, stir)
     assert lora.drift(model) == []                     # plain LoRA starts in no subspace
     rows, energy = lora.drift(model, {0: draw(3)}), dict(read=[], write=[])
     for m in mods:

@@ -51,7 +51,7 @@ def test_the_real_study_reports_what_its_folders_hold_and_repeats_runs(home, tmp
     for name, value in small.items():
         monkeypatch.setattr(real_study, name, value)
     words = (f"--model {home.model} --data {home.data} --out {tmp_path} --jobs 1 --steps 2 --max-new 2 "
-             "--layers 1 --k 4 --fit-width 48 --fit-steps 5").split()
+             "--layers 1 --k 4 --fit-width 49 --fit-steps 5").split()
     assert go(words, real_study.main)[0] == 0
     read = lambda kind, n, part: data.read_rows(tmp_path / f"data-{kind}-{n}" / f"{part}.jsonl")
     assert read("sft", 6, "train") == read("dpo", 12, "train")[:6] and len(read("sft", 6, "train")) == 6

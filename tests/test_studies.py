@@ -75,8 +75,12 @@ def test_the_tiny_study_reports_what_its_folders_hold_skips_and_repeats_them(wor
     monkeypatch.setattr(tiny_study, "RATES", (.001,))
     monkeypatch.setattr(tiny_study, "FULL_RATES", (.001,))
     words = f"--out {tmp_path} --bases 0 --seeds 0,1 --steps 2 --jobs 1"
-    assert go(words.split(), tiny_study.main)[0] == 0
     folders = [tmp_path / f"base-0/seed-{i}/sails/sails-lr0.001-seed{i}" for i in (0, 1)]
+    assert go(["--second", *words.split()], tiny_study.main)[0] == 0
+    assert ["sae-0", "sae-1"] == [data.read_json(f / "run.json")["settings"]["sae"][-5:] for f in folders]
+    assert (tmp_path / "second_study.md").read_text().count("ahead of") == 10
+    (tmp_path / "base-0").rename(tmp_path / "second")
+    assert go(words.split(), tiny_study.main)[0] == 0
     nll = [data.read_json(f / "results.json")["validation"]["NLL"] for f in folders]
     table = [line.split(",") for line in (tmp_path / "tiny_study.csv").read_text().splitlines()]
     assert [row[5] for row in table if row[:2] == ["sails", "0.001"]] == [str(round(np.mean(nll), 12))]
