@@ -106,7 +106,7 @@ def put(path, content):
     for short, long in ((DEEP, "[" * 10**5 + "]" * 10**5), (HUGE, "9" * 5000)):
         if isinstance(content, str):
             content = content.replace(f'"{short}"', long).replace(short, long)
-    Path(path).parent.mkdir(exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_bytes(content.encode() if isinstance(content, str) else content)
 
 def js(path, key, value, *, at=None):

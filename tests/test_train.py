@@ -33,7 +33,7 @@ def test_a_gpu_takes_published_models_in_bfloat16_the_tiny_world_in_float32_and_
     found = [train.settings(x.split()).dtype for x in ("", "--model tiny", "--model M")]
     monkeypatch.setattr("sys.argv", "eval.py --model M --prompts P --out O".split())
     assert [*found, evaluation.settings().dtype] == ["float32", "float32", "bfloat16", "bfloat16"]
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    [monkeypatch.setenv(key, "1") for key in "WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT".split()]
     with pytest.raises(data.UserError, match="more processes than GPUs, 1"):
         data.join("cuda")
 
@@ -177,7 +177,7 @@ def compared(home, tmp_path_factory):
                              (model_gemma, "load_gemma"), (train, "align"), (train.explain, "describe")):
             counted = lambda f, name, *a: counts.update([name]) or f(*a)
             patch.setattr(module, name, functools.partial(counted, getattr(module, name), name))
-        assert go(command(home, out, more))[0] == 0
+        assert "warning: it explains next to nothing" in go(command(home, out, more))[2]
     return out, more, counts
 
 def test_a_comparison_makes_a_folder_a_run_and_what_runs_share_once(compared):
@@ -197,10 +197,10 @@ def test_a_comparison_does_what_is_missing_and_reads_its_table_from_the_folders(
     table, lost = (out / "table.md").read_text(), out / "lora-lr0.01-seed1"
     monkeypatch.setattr(train, "align", lambda *a: done.append(a[2].out) or align(*a))
     shutil.rmtree(lost)
+    data.write_text(lost / ".run.json.7.part", "{")    # of a process that was killed
     assert go(command(home, out, more))[0] == 0
     assert done == [str(lost)] and (out / "table.md").read_text() == table
-    code, _, err = go(command(home, out, f"{more} --steps 3"))
-    assert code == 2 and "steps was 4, now 3" in err
+    assert "steps was 4, now 3" in go(command(home, out, f"{more} --steps 3"))[2]
     data.write_json(lost / "results.json", data.read_json(lost / "results.json") | dict(method="read back"))
     assert "| read back, lr 0.01 |" in go(command(home, out, more))[1]
 
