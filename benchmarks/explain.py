@@ -155,7 +155,8 @@ def fires():
     with torch.no_grad():
         x = model.residuals(torch.tensor([ids]), [args.layer])[args.layer][0, 1:].float()  # (T-1, D)
     a, q = sae.encode(x), sae_module.sae_quality(sae, x)
-    print(f"{sae.name}: {q['l0']:.0f} features a token, {q['fve']:.2f} of the variance explained")
+    explained = f", {q['fve']:.2f} of the variance explained" if len(x) > 1 else ""
+    print(f"{sae.name}: {q['l0']:.0f} features a token{explained}")
     best, at = a.max(0)
     for i in best.argsort(descending=True)[:args.top].tolist():
         words = " ".join(map(repr, promoted_tokens(model, tok, sae.W_dec[i:i + 1], 6)[0]))
