@@ -407,7 +407,7 @@ def parser():
     a("--adapter", help="a finished run's folder, or any plain LoRA in PEFT's form")
     a("--merged", action="store_true", help="merge --adapter into the weights first")
     a("--prompts", nargs="+", action="extend", default=[], help="csv, jsonl, txt; folders or hub sets")
-    a("--limit", type=count, help="the first so many prompts of each file")
+    a("--limit", type=count, help="so many prompts of each file")
     a("--out", help="folder for replies, verdicts and tables")
     a("--template", choices=data.TEMPLATES, help="default: by the model's name")
     a("--max-new", type=count, default=256, help="tokens per reply")

@@ -262,7 +262,7 @@ def align(model, rows, s, loss, folder=None, watch=None):
                 bar.update()
                 if stop or (step + 1) % s.save_every == 0 or step + 1 == s.steps:
                     lora.save_state(state, params, opt, step + 1)
-            if stop:  # here or at another rank
+            if stop:  # some rank
                 raise KeyboardInterrupt(*came[:1] or [signal.SIGTERM])
 
 def backward(model, batch, s, loss, step, stop=False):
@@ -425,6 +425,8 @@ def check_rows(s, sets):
     need(have(sets.train, key), f"--objective {s.objective} needs {key} in every row of --data")
     need(have(sets.prompts, "label"), "--test needs a label, harmful or benign, in every row")
     need(s.replay == 0 or sets.neutral, "--replay needs neutral text: --text PATH, or text.txt beside --data")
+    looks = [p for p in sets.prompts if p["set"] == "validation"]
+    need(looks or not s.watch, "--watch needs labelled validation examples")
 
 def start(s, model, sets, folder):
     """Make ready what is trained: every weight, or adapters that leave the model as it is."""
@@ -443,9 +445,8 @@ def start(s, model, sets, folder):
     model_gemma.same_bits(adapters, folder)
 
 def watcher(s, model, sets):
-    """A look at the rates on validation prompts, for align; None without --watch."""
+    """A look at validation's rates, for align; None without --watch."""
     some = [p for p in sets.prompts if p["set"] == "validation"]
-    need(some or not s.watch, "--watch needs labelled validation examples")
     look = lambda: evaluation.glance(model, sets.tok, some, s.template, s.max_new, s.replies)
     return look if s.watch else None
 
@@ -592,9 +593,9 @@ def begin_worker():
     data.follow_parent()
 
 def quiet_run(s):
-    """run() without its words, which stand in the files it leaves, but with warnings."""
+    """run() without its words, which stand in its files, but for warnings."""
     words = io.StringIO()
-    with contextlib.redirect_stdout(words), contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stdout(words), contextlib.redirect_stderr(words):
         try:
             run(s)
         except KeyboardInterrupt:
