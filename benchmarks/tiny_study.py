@@ -26,8 +26,7 @@ from benchmarks import study, tiny_world
 from benchmarks.pictures import svg_lines, svg_sheet
 from benchmarks.study import at, tuned
 
-LAYER, WRONG_LAYER = 2, 0  # where SAILS reads an SAE, and where harm is not yet formed
-LOW = 1e-3  # the rate of the exploratory study's lead
+LAYER, WRONG_LAYER, LOW = 2, 0, 1e-3  # SAILS's SAE; where harm is not yet formed; the first lead's rate
 PAIRS, SIZES = 64, (8, 16, 32)  # of training, half of them harmful
 RATES, FULL_RATES = (LOW, 2e-3, 4e-3, 8e-3), (1.5e-4, 3e-4, 6e-4, 1.2e-3)
 COLUMNS = ("safety rate", "over-refusal", "help", "balance", "look-alike balance", "knowledge")
@@ -47,10 +46,11 @@ TABLES = {
                  "harm alone": "--method sails --sae {home}/oracle --width 1 --k 1"}}
 ARMS = {arm: options for table in TABLES.values() for arm, options in table.items()}
 MATTERS = {"H2": 5., "H3": .5}  # from where on a gap matters: steps of 80; points, of the others 1
-OWN, LOW_ONLY, SCALED = "--sae {home}/sae-{seed}", ("random features", "labels shuffled"), "lora, 1.73 alpha"
-SECOND = {"sails": f"{ARMS['sails']} {OWN}"} | {arm: ARMS[arm] for arm in OTHERS} | {
-    arm: f"{ARMS[arm]} {OWN} --lr {LOW:g}" for arm in LOW_ONLY} | {  # the second study's arms
-    SCALED: f"--method lora --alpha {8 * 3 ** .5:.4f} --lr {LOW:g}"}  # A's rows count as of norm 1: SAILS's
+OWN, LOW_ONLY = "--sae {home}/sae-{seed}", ("random features", "labels shuffled")
+WHY = {f"{m}, 1.73 alpha": f"--method {m} --alpha {8 * 3 ** .5:.4f}" for m in ("sails", *OTHERS[:2])} | {
+    f"{m}, a basis a layer": f"--method {m} --layers 0,1,2,3" for m in ("sails", "random")}  # not in the plan
+SECOND = {m: f"{ARMS[m]} {OWN}" for m in ("sails", *OTHERS)} | {  # the second study's arms
+    arm: f"{options} {OWN} --lr {LOW:g}" for arm, options in ({m: ARMS[m] for m in LOW_ONLY} | WHY).items()}
 
 def variant(args, arm, options, rates=None):
     """Settings of an arm's runs (bases, seeds, rates), at every rate of its grid or at each base's own."""
@@ -93,10 +93,9 @@ def steps_to_safety(run):
 def row_of(run):
     """A finished run's numbers, its measures on unseen topics among them."""
     r, cost = data.read_json(Path(run.out) / "results.json"), Path(run.out) / "costs.json"
-    measured = evaluation.headline(r) | {"look-alike balance": r["sets"]["lookalike"]["balance"]}
+    found = evaluation.headline(r) | {"look-alike balance": r["sets"]["lookalike"]["balance"]}
     row = dict(rate=run.lr) | {f"validation {key}": r["validation"][key] for key in ("balance", "NLL")}
-    row |= {c: evaluation.mean(measured.get(c)) for c in COLUMNS}
-    row["harm inside"] = tiny_world.harm_inside(run)
+    row |= {c: evaluation.mean(found.get(c)) for c in COLUMNS} | {"harm inside": tiny_world.harm_inside(run)}
     return row | dict.fromkeys(COSTS) | (data.read_json(cost) if cost.exists() else {})
 
 # ---- rules that choose a base's rate, beside study.tuned ----
@@ -126,15 +125,15 @@ def leads(arms, steps):
     out["H5 trainable ahead of frozen"] = lead(arms, "sails", "frozen")
     return out | {"H6 t ahead of |Delta|": lead(arms, "t", "sails")}
 
-def arm_table(title, arms, names, rule, columns):
-    """Markdown lines: a row an arm at the rule's rates; with balance also its lead over SAILS."""
+def arm_table(title, arms, names, rule, columns, to="sails"):
+    """Markdown lines: a row an arm at the rule's rates; with balance also its lead over the arm `to`."""
     table = {}
     for name in names:
         arm = arms[name]
         table[name] = {c: data.t_interval(at(arm, c, rule)) for c in columns if not np.isnan(arm[c]).all()}
         if "balance" in columns:
-            gap = data.t_interval(lead(arms, name, "sails", rule=rule))
-            table[name]["balance less SAILS's"] = "{:+.1f} ± {:.1f}".format(*gap)
+            gap = data.t_interval(lead(arms, name, to, rule=rule))
+            table[name][f"balance less {to}'s".replace("sails", "SAILS")] = "{:+.1f} ± {:.1f}".format(*gap)
         table[name]["rates of bases"] = study.rate_counts(arm, rule)
     return [title, "", *evaluation.markdown("arm", table), ""]
 
@@ -155,8 +154,8 @@ def tables(arms, steps):
     lines += arm_table(f"At {LOW:g}:", arms, ("sails", *OTHERS[:2], *TABLES["Controls"]), lowest, COLUMNS)
     lines += arm_table("## Steps to safety, tuned (H2)", steps, steps, lowest, ("steps", "never"))
     lines += arm_table("## Equal safety (H4)", arms, steps, equal_safety, (*COLUMNS, *COSTS))
-    lines += every_rate(arms)
-    return lines + arm_table("## Not in the plan: the lowest of equal rates", arms, arms, cautious, COLUMNS)
+    more = arm_table("## Not in the plan: the lowest of equal rates", arms, arms, cautious, COLUMNS)
+    return lines + every_rate(arms) + more
 
 def second(arms):
     """Leads {comparison: (bases,)} and Markdown lines of the second study."""
@@ -164,7 +163,8 @@ def second(arms):
     for name, (rule, others) in SECOND_RULES.items():
         found |= {f"{name}: ahead of {m}": lead(arms, "sails", m, rule=rule) for m in others}
         lines += arm_table(f"## {name}", arms, ("sails", *others), rule, (*COLUMNS, "harm inside"))
-    lines += arm_table(f"## {SCALED} (not in the plan)", arms, ("sails", "random", SCALED), lowest, COLUMNS)
+    why = "## Not in the plan: scale and bases, at the lowest rate", arms, ("sails", *OTHERS[:2], *WHY)
+    lines += arm_table(*why, lowest, COLUMNS) + arm_table("", arms, [*WHY][:3], lowest, COLUMNS, [*WHY][0])
     return found, lines + every_rate(arms)
 
 def every_rate(arms):
@@ -202,7 +202,7 @@ def main():
     args.seeds = args.seeds or list(range(5 if args.second else 2))
     torch.set_num_threads(1)  # as in the processes of --jobs: numbers depend on it
     worlds = [(tiny_world.make_study_world, args.out / f"world-{base}", base, args.seeds,
-               (WRONG_LAYER, LAYER), SIZES, args.second) for base in args.bases]
+               (0, 1, 3, LAYER), SIZES, args.second) for base in args.bases]
     study.each(args.jobs, study.call, worlds, "worlds")
     runs = {arm: variant(args, arm, options) for arm, options in (SECOND if args.second else ARMS).items()}
     if args.again:
