@@ -47,10 +47,10 @@ TABLES = {
 ARMS = {arm: options for table in TABLES.values() for arm, options in table.items()}
 MATTERS = {"H2": 5., "H3": .5}  # from where on a gap matters: steps of 80; points, of the others 1
 OWN, LOW_ONLY = "--sae {home}/sae-{seed}", ("random features", "labels shuffled")
-WHY = {f"{m}, 1.73 alpha": f"--method {m} --alpha {8 * 3 ** .5:.4f}" for m in ("sails", *OTHERS[:2])} | {
+WHY = {f"{m}, 1.73 alpha": f"--method {m} {OWN} --alpha {8 * 3 ** .5:.4f}" for m in ("sails", *OTHERS[:2])} | {
     f"{m}, a basis a layer": f"--method {m} --layers 0,1,2,3" for m in ("sails", "random")}  # not in the plan
-SECOND = {m: f"{ARMS[m]} {OWN}" for m in ("sails", *OTHERS)} | {  # the second study's arms
-    arm: f"{options} {OWN} --lr {LOW:g}" for arm, options in ({m: ARMS[m] for m in LOW_ONLY} | WHY).items()}
+SECOND = {arm: f"{ARMS[arm]} {OWN}" for arm in ("sails", *OTHERS, *LOW_ONLY)} | WHY  # the second study's arms
+SECOND |= {arm: f"{SECOND[arm]} --lr {LOW:g}" for arm in (*LOW_ONLY, *WHY)}
 
 def variant(args, arm, options, rates=None):
     """Settings of an arm's runs (bases, seeds, rates), at every rate of its grid or at each base's own."""

@@ -183,7 +183,7 @@ def make_study_world(folder, world_seed, seeds, layers, sizes, own):
     pairs-N-SEED/        a seed's data with N training pairs, half of them harmful, for N of `sizes`
     unseen-SEED/         its data, validation asking for unseen objects once each
     shuffled-SEED.jsonl  its training pairs, labels shuffled
-    sae-SEED/            with `own`: its SAEs, fitted as the world's are from another start"""
+    sae-SEED/            with `own`: an SAE of the last layer, fitted as the world's is from another start"""
     make_world(folder, world_seed, seeds, layers)
     world, folder = tiny_world(world_seed), Path(folder)
     for seed in seeds:
@@ -191,7 +191,7 @@ def make_study_world(folder, world_seed, seeds, layers, sizes, own):
             write_controls(folder, seed, sizes)
         if own and not (folder / f"sae-{seed}.json").exists():
             model, start = model_gemma.load_gemma(folder), 1000 * world_seed + seed
-            quality = write_saes(world, model, folder / f"sae-{seed}", start, layers)
+            quality = write_saes(world, model, folder / f"sae-{seed}", start, layers[-1:])
             data.write_json(folder / f"sae-{seed}.json", quality)
     if not (folder / "harm.json").exists():
         harm = harm_direction(folder, layers[-1])[None]  # (1, D)
