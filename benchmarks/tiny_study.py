@@ -49,7 +49,7 @@ MATTERS = {"H2": 5., "H3": .5}  # from where on a gap matters: steps of 80; poin
 OWN, LOW_ONLY = "--sae {home}/sae-{seed}", ("random features", "labels shuffled")
 WHY = {f"{m}, 1.73 alpha": f"--method {m} {OWN} --alpha {8 * 3 ** .5:.4f}" for m in ("sails", *OTHERS[:2])} | {
     f"{m}, a basis a layer": f"--method {m} --layers 0,1,2,3" for m in ("sails", "random")}  # not in the plan
-SECOND = {arm: f"{ARMS[arm]} {OWN}" for arm in ("sails", *OTHERS, *LOW_ONLY)} | WHY  # the second study's arms
+SECOND = {arm: f"{ARMS[arm]} {OWN}" for arm in ("sails", *OTHERS, *LOW_ONLY)} | WHY  # the second study
 SECOND |= {arm: f"{SECOND[arm]} --lr {LOW:g}" for arm in (*LOW_ONLY, *WHY)}
 
 def variant(args, arm, options, rates=None):
