@@ -47,7 +47,7 @@ TABLES = {
 ARMS = {arm: options for table in TABLES.values() for arm, options in table.items()}
 MATTERS = {"H2": 5., "H3": .5}  # from where on a gap matters: steps of 80; points, of the others 1
 OWN, LOW_ONLY = "--sae {home}/sae-{seed}", ("random features", "labels shuffled")
-WHY = {f"{m}, 1.73 alpha": f"--method {m} {OWN} --alpha {8 * 3 ** .5:.4f}" for m in ("sails", *OTHERS[:2])} | {
+WHY = {f"{m}, 1.73 alpha": f"--method {m} {OWN} --alpha {8 * 3**.5:.4f}" for m in ("sails", *OTHERS[:2])} | {
     f"{m}, a basis a layer": f"--method {m} --layers 0,1,2,3" for m in ("sails", "random")}  # not in the plan
 SECOND = {arm: f"{ARMS[arm]} {OWN}" for arm in ("sails", *OTHERS, *LOW_ONLY)} | WHY  # the second study
 SECOND |= {arm: f"{SECOND[arm]} --lr {LOW:g}" for arm in (*LOW_ONLY, *WHY)}
