@@ -67,7 +67,7 @@ def test_the_tiny_study_reports_what_its_folders_hold_skips_and_repeats_them(wor
     home, split, model = tmp_path / "world-0", tiny_world.world_split, random_gemma(**tiny_world.TINY_MODEL)
     model_gemma.save_gemma(model, home)  # in place of a trained one
     world.tok.save(str(home / "tokenizer.json"))
-    for layer in (tiny_study.WRONG_LAYER, tiny_study.LAYER):
+    for layer in range(4):
         sae_module.save_sae(random_sae(D=64, N=256), home / "sae", layer, 20)
     data.write_json(home / "world.json", dict(seed=0, parameters=1, sae={i: dict(fve=1, l0=9) for i in "02"}))
     monkeypatch.setattr(tiny_world, "world_split", lambda *args: {  # few prompts
